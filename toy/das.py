@@ -22,7 +22,7 @@ Algorithm (`das`; the particles of a group interact, groups are independent)
        1. start from noise and look ahead: eps, x0_hat, its reward, the gradient of that     `look_ahead`
        2. where the effective sample size is low, resample: gather all per-particle state    `resample`, `gather`
        3. propose x_{t-1} from the DDIM kernel, its noise shifted towards higher reward      `ddim_kernel`, `guide`
-       4. raise the temper, by schedule or as far as the effective sample size allows        `temper_schedule`, `adapt_temper`
+       4. raise the temper, by schedule or as far as the weights allow        `temper_schedule`, `adapt_temper`
        5. weight: log_w += new twist - old twist + log p - log q                             `log_ratio`
        6. the last twist is the reward of x_0 itself: exact in the limit of many particles
 
@@ -51,8 +51,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 PRESETS = {  # what the size flags default to
-    "quick": dict(groups=20, particles=50, steps=50, train_steps=500, reference=4000, subsamples=10),
-    "default": dict(groups=100, particles=100, steps=100, train_steps=2500, reference=40000, subsamples=100),
+    "quick": dict(groups=20, particles=50, steps=50, train_steps=400, reference=4000, subsamples=10),
+    "default": dict(groups=100, particles=100, steps=100, train_steps=2000, reference=40000, subsamples=100),
     "paper": dict(groups=1000, particles=100, steps=100, train_steps=5000, reference=200000, subsamples=100),
 }
 SCHEMES = ("systematic", "stratified", "multinomial", "residual", "ssp")
@@ -148,7 +148,7 @@ def write_numbers(path, args, rows, evaluations, seconds):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "matplotlib")}
     record = dict(args=args, rows=rows, network_evaluations=evaluations, seconds=round(seconds, 1),
-                  peak_memory_mb=round(peak), versions=dict(python=sys.version.split()[0], **versions))  # fmt: skip
+                  peak_memory_mb=round(peak), versions=dict(python=sys.version.split()[0], **versions))
     write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
 
 
@@ -243,7 +243,8 @@ def make_problem(name, kl_weight, device):
         means = 4 * torch.stack([angle.cos(), angle.sin()], 1)
     else:
         var, curvature, center = 0.09, [0.01, 0.01, 1.0], [0.0, 0.0, 0.0]
-        turn, height = torch.cartesian_prod((torch.arange(240).double() + 0.5) / 240, (torch.arange(20).double() + 0.5) / 20).T
+        turns, heights = ((torch.arange(n).double() + 0.5) / n for n in (240, 20))
+        turn, height = torch.cartesian_prod(turns, heights).T
         angle = 3 * math.pi * (0.5 + turn)
         means = torch.stack([angle * angle.cos() / 2, angle * angle.sin() / 2, 6 * height - 3], 1)
     means, A, c = (torch.as_tensor(v, dtype=torch.float64, device=device) for v in (means, curvature, center))
@@ -273,7 +274,7 @@ def noise_levels():
 class Denoiser(torch.nn.Module):
     """Noise prediction by a tiny MLP that is safe at every noise level.
 
-    The data are normalised (mean (d,), std scalar), the network sees x_t at unit variance times 3 (features of a few
+    The data are normalised (mean (d,), std scalar), the network sees x_t at unit variance times 4 (features of a few
     tenths are then within the reach of smooth units) and the log signal-to-noise ratio, and predicts the velocity v
     of Salimans and Ho (2022), which has unit variance at every level. So x0_hat stays bounded where abar -> 0, where
     the division by sqrt(abar) turns a plain noise prediction's error into |x0_hat| = 9 and more.
@@ -281,12 +282,11 @@ class Denoiser(torch.nn.Module):
 
     def __init__(self, mean, std, width, rng):
         super().__init__()
-        d = len(mean)
-        sizes = [d + 1, width, width, width, d]
+        sizes = [len(mean) + 1, width, width, width, len(mean)]
         layers = [torch.nn.Linear(a, b, device=rng.device) for a, b in zip(sizes, sizes[1:])]
-        for layer in layers:  # drawn again, from our generator
-            torch.nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=rng)
-            torch.nn.init.zeros_(layer.bias)
+        for layer in layers:  # PyTorch's own initialisation, from our generator; the biases must not start at zero
+            for value in layer.parameters():
+                torch.nn.init.uniform_(value, -(layer.in_features**-0.5), layer.in_features**-0.5, generator=rng)
         self.mlp = torch.nn.Sequential(*[m for layer in layers for m in (layer, torch.nn.SiLU())][:-1])
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
@@ -299,7 +299,7 @@ class Denoiser(torch.nn.Module):
 
     def velocity(self, unit, cos, sin):
         """v = cos eps - sin x_0 for normalised x_0."""
-        return self.mlp(torch.cat([3 * unit, (cos / sin).log() / 2], 1))
+        return self.mlp(torch.cat([4 * unit, (cos / sin).log() / 2], 1))
 
     def forward(self, x, abar):
         """x (N, d), abar a float or (N, 1) -> E[eps | x_t = x] (N, d)."""
@@ -307,12 +307,12 @@ class Denoiser(torch.nn.Module):
         return sin * unit + cos * self.velocity(unit, cos, sin)
 
 
-def train_denoiser(sample, abar, steps, rng, width=128, batch=2048, lr=4e-3):
+def train_denoiser(sample, abar, steps, rng, width=96, batch=2048, lr=8e-3):
     """Velocity regression on fresh draws of sample(n, rng) -> (n, d) at uniform time steps -> Denoiser."""
     x0 = sample(100_000, rng)
     net = Denoiser(x0.mean(0), (x0 - x0.mean(0)).std(), width, rng)
     levels = torch.tensor(abar, device=rng.device, dtype=x0.dtype)[:, None]
-    optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     for step in range(steps):
         x0 = sample(batch, rng)
@@ -329,12 +329,12 @@ def train_denoiser(sample, abar, steps, rng, width=128, batch=2048, lr=4e-3):
     return net.requires_grad_(False)
 
 
-def cached_denoiser(folder, settings, sample, abar, steps, rng):
-    """The network trained with these settings (a flat dict), from `folder` if it is there, else trained and stored."""
+def cached_denoiser(folder, settings, sample, abar, rng):
+    """The network trained with these settings (a flat dict with steps), from `folder`, or trained and stored there."""
     text = json.dumps(settings, sort_keys=True)
     path = folder / f"denoiser-{hashlib.sha256(text.encode()).hexdigest()[:12]}.pt"
     if not path.exists():
-        net = train_denoiser(sample, abar, steps, rng)
+        net = train_denoiser(sample, abar, settings["steps"], rng)
         write_atomically(path, lambda part: torch.save({"settings": text, "state": net.state_dict()}, part))
     try:
         stored = torch.load(path, map_location=rng.device, weights_only=True)
@@ -476,7 +476,7 @@ def checked(value, count):
     """value, if it is finite and has one entry (a number or a gradient) for each of the particles."""
     if value.shape[:1] != (count,) or not value.isfinite().all():
         fail(f"The reward must be one finite number per sample, with a finite gradient; got shape {tuple(value.shape)}"
-             f" for {count} samples, {int((~value.isfinite()).sum())} of them not finite.")  # fmt: skip
+             f" for {count} samples, {int((~value.isfinite()).sum())} of them not finite.")
     return value
 
 
@@ -498,12 +498,12 @@ def guide(grad, sigma, temper, max_shift):
 
 
 def log_ratio(shift, z):
-    """log p - log q of a proposal mean + sigma (shift + z) against the kernel mean + sigma z, in closed form -> (N,)."""
+    """log p - log q -> (N,) of x = mean + sigma (shift + z) under the kernel p and the proposal q that drew z."""
     return -(shift * z).flatten(1).sum(1) - 0.5 * (shift**2).flatten(1).sum(1)
 
 
 def das(predict_noise, reward, x, timesteps, abar, rng, particles, kl_weight=1.0, eta=1.0, temper="schedule",
-        gamma=0.008, guided=True, max_shift=math.inf, ess=0.5, scheme="systematic", chunk=None, regroup=gather):  # fmt: skip
+        gamma=0.008, guided=True, max_shift=math.inf, ess=0.5, scheme="systematic", chunk=None, regroup=gather):
     """Weighted particles for p(x) exp(r(x) / kl_weight): tempered SMC with guided proposals.
 
     predict_noise (n, ...), t -> (n, ...); reward (n, ...) -> (n,); x (N, ...) standard normal, N = groups x particles,
@@ -559,9 +559,9 @@ def sample(problem, predict_noise, args, rng, n, particles, **options):
     start, abar = time.perf_counter(), noise_levels()
     timesteps = [round(999 * (1 - i / args.steps)) for i in range(args.steps)]
     noise = torch.randn(n, problem.data.means.shape[1], generator=rng, device=rng.device)
-    out = das(lambda x, t: predict_noise(x, abar[t]), problem.reward, noise, timesteps, [*(abar[t] for t in timesteps), 1.0],
-              rng, particles, args.kl_weight, args.eta, args.temper, args.gamma, chunk=args.chunk,
-              scheme=args.resampling, **options)  # fmt: skip
+    out = das(lambda x, t: predict_noise(x, abar[t]), problem.reward, noise, timesteps,
+              [*(abar[t] for t in timesteps), 1.0], rng, particles, args.kl_weight, args.eta, args.temper, args.gamma,
+              chunk=args.chunk, scheme=args.resampling, **options)
     return dict(out, evaluations=n * args.steps, seconds=time.perf_counter() - start)
 
 
@@ -639,41 +639,47 @@ def mode_masses(x, w, means):
 
 
 def measure(problem, results, args, rng):
-    """The rows of all methods. z of E[r] and log Z is against the reference: the method's own error, not the network's."""
-    reference = results["reference"]
-    log_w = reference["log_w"].flatten()
-    own_reward, own_log_z = tilted_mean_and_se(log_w, reference["reward"]), log_mean_and_se(log_w)
-    rows = [row(f"exact.{problem.name}.mean_reward", problem.target_reward), row(f"exact.{problem.name}.log_z", problem.log_z)]
-    rows += [row(f"exact.{problem.name}.var_{a}", v) for a, v in zip("xyz", problem.target.moments()[1].diagonal().tolist())]
+    """The rows of all methods; z of E[r] and log Z is against the reference, so it is the method's error alone."""
+    log_w = results["reference"]["log_w"].flatten()
+    own = dict(mean_reward=tilted_mean_and_se(log_w, results["reference"]["reward"]), log_z=log_mean_and_se(log_w))
+    exact = dict(mean_reward=problem.target_reward, log_z=problem.log_z)
+    axes = [f"var_{a}" for a in "xyz"[: len(problem.data.means.T)]]
+    exact |= dict(zip(axes, problem.target.moments()[1].diagonal().tolist()))
+    rows = [row(f"exact.{problem.name}.{key}", value) for key, value in exact.items()]
+    rows += [row(f"reference.{problem.name}.{key}", *value, exact[key]) for key, value in own.items()]
     for method, out in results.items():
-        name = f"{method}.{problem.name}"
-        x, w, groups = out["x"], out["w"].flatten() / len(out["w"]), len(out["w"])
-        average = mean_and_se((out["w"] * out["reward"].view(groups, -1)).sum(1))
-        if method == "reference":
-            rows += [row(f"{name}.mean_reward", *own_reward, problem.target_reward)]
-            rows += [row(f"{name}.log_z", *own_log_z, problem.log_z)]
-        elif method in ("pretrained", "target"):
-            exact = problem.data_reward if method == "pretrained" else problem.target_reward
-            rows += [row(f"{name}.mean_reward", *average, exact)]
-        else:
-            rows += [row(f"{name}.mean_reward", *average, problem.target_reward, own_reward)]
+
+        def add(key, *numbers):
+            rows.append(row(f"{method}.{problem.name}.{key}", *numbers))
+
+        groups, particles = out["w"].shape
+        x, w = out["x"], out["w"].flatten() / groups
+        if method != "reference":
+            average = mean_and_se((out["w"] * out["reward"].view_as(out["w"])).sum(1))
+            if method in ("pretrained", "target"):
+                add("mean_reward", *average, problem.data_reward if method == "pretrained" else problem.target_reward)
+            else:
+                add("mean_reward", *average, exact["mean_reward"], own["mean_reward"])
         if method in ("importance", "bootstrap", "das"):
-            rows += [row(f"{name}.log_z", *log_mean_and_se(out["log_z"]), problem.log_z, own_log_z)]
-        rows += [row(f"{name}.emd", *emd_to_target(x, w, problem.target, rng, args.subsamples))]  # its se is the sd
-        for power in (5, 6, 7):  # at equal network evaluations: the first groups of the run
-            first = 10**power // args.steps // out["w"].shape[1]
-            if method not in ("reference", "pretrained", "target") and 0 < first <= groups:
-                some = w[: first * out["w"].shape[1]]
-                values = emd_to_target(x[: len(some)], some, problem.target, rng, args.subsamples)
-                rows += [row(f"{name}.emd_at_1e{power}", *values)]
-        centered = x - w @ x
-        rows += [row(f"{name}.var_{a}", v) for a, v in zip("xyz", (w @ centered**2).tolist())]
+            add("log_z", *log_mean_and_se(out["log_z"]), exact["log_z"], own["log_z"])
+        whole = emd_to_target(x, w, problem.target, rng, args.subsamples)
+        add("emd", *whole)  # its se is the standard deviation over subsamples
+        if method in ("guidance", "importance", "bootstrap", "das"):
+            for power in (5, 6, 7):  # at equal network evaluations: the first groups of the run
+                first = 10**power // args.steps // particles * particles
+                if 0 < first < len(x):
+                    add(f"emd_at_1e{power}", *emd_to_target(x[:first], w[:first], problem.target, rng, args.subsamples))
+                elif first == len(x):
+                    add(f"emd_at_1e{power}", *whole)
+        for axis, variance in zip(axes, (w @ (x - w @ x) ** 2).tolist()):
+            add(axis, variance)
         if len(problem.target.means) < 10:
             error = mode_masses(x, w, problem.target.means) - problem.target.weights.to(x)
-            rows += [row(f"{name}.mode_l1", error.abs().sum().item())]
+            add("mode_l1", error.abs().sum().item())
         if method in ("bootstrap", "das"):
-            rows += [row(f"{name}.resamplings", sum(step[2] for step in out["history"]))]
-        rows += [row(f"{name}.network_evaluations", out["evaluations"]), row(f"{name}.seconds", round(out["seconds"], 2))]
+            add("resamplings", sum(step[2] for step in out["history"]))
+        add("network_evaluations", out["evaluations"])
+        add("seconds", round(out["seconds"], 2))
     return rows
 
 
@@ -695,30 +701,28 @@ def gather_without_twist(state, index):
 
 def measure_convergence(args, rng):
     """Rows of E[r] and log Z on gmm2 with the exact score, against the particles in a group."""
-    problem, rows = make_problem("gmm2", args.kl_weight, rng.device), []
-    sizes, total = ([4, 30, 300], 1200) if args.quick else ([4, 10, 32, 100, 316, 1000, 3162, 10000], 20000)
+    problem = make_problem("gmm2", args.kl_weight, rng.device)
+    sizes, total = ([4, 30, 300], 1200) if args.quick else ([4, 10, 32, 100, 316, 1000, 3162, 10000], 10000)
     out = sample(problem, problem.data.predict_noise, args, rng, args.reference, 1, guided=False, ess=0)
-    own = tilted_mean_and_se(out["log_z"], out["reward"]), log_mean_and_se(out["log_z"])
-    exact, spread = (problem.target_reward, problem.log_z), dict(mean_reward=[], log_z=[])
-    rows += [row(f"own.convergence.{key}", *o, e) for key, o, e in zip(("mean_reward", "log_z"), own, exact)]
+    own = dict(mean_reward=tilted_mean_and_se(out["log_z"], out["reward"]), log_z=log_mean_and_se(out["log_z"]))
+    exact = dict(mean_reward=problem.target_reward, log_z=problem.log_z)
+    rows = [row(f"own.convergence.{key}", *own[key], exact[key]) for key in own]
     for done, particles in enumerate(sizes):
         for name, regroup in (("correct", gather), ("stale_twist", gather_without_twist)):
             n = particles * max(4, total // particles)
             out = sample(problem, problem.data.predict_noise, args, rng, n, particles, max_shift=args.max_shift,
-                         ess=args.ess, regroup=regroup)  # fmt: skip
+                         ess=args.ess, regroup=regroup)
             r = (out["log_w"].softmax(1) * out["reward"].view(-1, particles)).sum(1)
-            for key, value, o, e in zip(("mean_reward", "log_z"), (mean_and_se(r), log_mean_and_se(out["log_z"])), own, exact):
-                rows.append(row(f"{name}_{particles}.convergence.{key}", *value, e, o))
-                if name == "correct" and particles >= 30:
-                    spread[key].append(value[1] * n**0.5)  # of one particle
+            for key, value in dict(mean_reward=mean_and_se(r), log_z=log_mean_and_se(out["log_z"])).items():
+                rows.append(row(f"{name}_{particles}.convergence.{key}", *value, exact[key], own[key]))
         progress("convergence", done + 1, len(sizes))
-    return rows + [row(f"spread.convergence.{key}", sorted(v)[len(v) // 2]) for key, v in spread.items()]
+    return rows
 
 
 # ---- the figures -----------------------------------------------------------------------------------------------------
 
 TITLES = {"pretrained": "pretrained", "target": "exact target", "guidance": "guidance, 1 particle",
-          "importance": "importance resampling", "bootstrap": "bootstrap SMC", "das": "DAS"}  # fmt: skip
+          "importance": "importance resampling", "bootstrap": "bootstrap SMC", "das": "DAS"}
 
 
 def draw_panels(path, problems, rows, results, rng):
@@ -746,18 +750,21 @@ def draw_panels(path, problems, rows, results, rng):
 
 
 def draw_convergence(path, rows):
-    """E[r] and log Z against the particles in a group; the band is the spread of one group, falling as N^-1/2."""
+    """E[r] and log Z against the particles in a group, two standard errors; the band falls as N^-1/2."""
     table = {r["name"]: r for r in rows}
     sizes = [int(name.split(".")[0][8:]) for name in table if name.startswith("correct") and name.endswith("log_z")]
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.5))
+    curves = dict(correct=("#0072B2", "all state gathered"), stale_twist=("#D55E00", "twist left behind"))
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
     for ax, key, label in zip(axes, ("mean_reward", "log_z"), ("E[r]", "log Z")):
         own = table[f"own.convergence.{key}"]
-        for name, color, text in (("correct", "#0072B2", "all state gathered"), ("stale_twist", "#D55E00", "twist left behind")):
+        for name, (color, text) in curves.items():
             lines = [table[f"{name}_{size}.convergence.{key}"] for size in sizes]
-            ax.errorbar(sizes, [r["estimate"] for r in lines], [2 * r["se"] for r in lines], color=color, label=text,
-                        marker="o", markersize=4, capsize=2)  # fmt: skip
-        spread = table[f"spread.convergence.{key}"]["estimate"]
-        ax.fill_between(sizes, *[[own["estimate"] + s * spread / n**0.5 for n in sizes] for s in (-2, 2)], color="#0072B2", alpha=0.15)
+            ax.errorbar(sizes, [r["estimate"] for r in lines], [2 * (r["se"] or 0) for r in lines], color=color,
+                        label=text, marker="o", markersize=4, capsize=2)
+        widest = 2 * table[f"correct_{sizes[0]}.convergence.{key}"]["se"]
+        widest *= max(4, (1200 if len(sizes) == 3 else 10000) // sizes[0]) ** 0.5  # of one group of the smallest size
+        band = [[own["estimate"] + sign * widest * (sizes[0] / n) ** 0.5 for n in sizes] for sign in (-1, 1)]
+        ax.fill_between(sizes, *band, color="#0072B2", alpha=0.15, linewidth=0, label="N$^{-1/2}$, one group")
         ax.axhline(own["estimate"], color="black", linestyle=":", label="exact, at this number of steps")
         ax.axhline(own["exact"], color="black", linewidth=0.6, label="exact, continuous time")
         ax.set(xscale="log", xlabel="particles in a group", ylabel=label)
@@ -779,7 +786,7 @@ def main(args):
         predict_noise = problem.data.predict_noise
         if args.score == "mlp":
             settings = dict(problem=problem.name, steps=args.train_steps, seed=args.seed)
-            predict_noise = cached_denoiser(args.out / "cache", settings, problem.data.sample, noise_levels(), args.train_steps, rng)
+            predict_noise = cached_denoiser(args.out / "cache", settings, problem.data.sample, noise_levels(), rng)
             rows += measure_network(problem, predict_noise, rng)
         results[problem.name] = run_methods(problem, predict_noise, args, rng)
         rows += measure(problem, results[problem.name], args, rng)
@@ -791,7 +798,8 @@ def main(args):
     for problem in problems:
         print_table(rows, problem.name, [f"eps_error_t{t}" for t in (10, 30, 100, 200, 400, 700, 999)])
         axes = [f"var_{a}" for a in "xyz"[: problem.data.means.shape[1]]]
-        print_table(rows, problem.name, ["mean_reward", "log_z", "emd", "mode_l1", *axes, "network_evaluations", "seconds"])
+        print_table(rows, problem.name, ["mean_reward", "log_z", "emd", "mode_l1", *axes])
+        print_table(rows, problem.name, ["network_evaluations", "seconds", "resamplings"])
         print_table(rows, problem.name, ["emd_at_1e5", "emd_at_1e6", "emd_at_1e7"])
     return {r["name"]: r["estimate"] for r in rows}
 
