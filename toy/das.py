@@ -49,6 +49,7 @@ import matplotlib.pyplot as plt
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
+from torch.nn.functional import one_hot
 
 PRESETS = {  # what the size flags default to
     "quick": dict(groups=20, particles=50, steps=50, train_steps=400, reference=4000, subsamples=10),
@@ -98,8 +99,27 @@ def common_parser(doc):
     size.add_argument("--quick", action="store_true", help="coarse, in seconds")
     size.add_argument("--paper", action="store_true", help="the paper's sizes")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of results and caches")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
     return parser
+
+
+def device(text):
+    """An argparse type: a device of PyTorch that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine") from error
+    return text
+
+
+def results_folder(args, script):
+    """The folder of a script's results, `out`/<folder>_<script>; made now, so that a bad path costs no work."""
+    path = args.out / script
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{path} cannot be made: {error.strerror}")
+    return path
 
 
 def positive(kind):
@@ -163,9 +183,10 @@ def print_table(rows, problem, keys):
         text = f"{r['estimate']:,}" if isinstance(r["estimate"], int) else f"{r['estimate']:.3f}"
         return text + (f"±{r['se']:.3f}" if r["se"] else "") + (f" ({r['z']:+.1f})" if r["z"] is not None else "")
 
-    lines = [[problem, *keys]] + [[m, *(cell(table.get(f"{m}.{problem}.{key}")) for key in keys)] for m in methods]
+    lines = [[m, *(cell(table.get(f"{m}.{problem}.{key}")) for key in keys)] for m in methods]
+    lines = [[problem, *keys]] + [line for line in lines if any(line[1:])]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in (line for line in lines if any(line[1:])):
+    for line in lines if len(lines) > 1 else []:
         print(line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:])), sep="  ")
     print()
 
@@ -593,7 +614,7 @@ def run_methods(problem, predict_noise, args, rng):
 
 def selection_weights(log_w, how):
     """Weights within each group, log_w (G, P) -> (G, P) with sums 1: to draw from the particles, or their argmax."""
-    return log_w.softmax(1) if how == "draw" else (log_w == log_w.amax(1, keepdim=True)).to(log_w)
+    return log_w.softmax(1) if how == "draw" else one_hot(log_w.argmax(1), log_w.shape[1]).to(log_w)
 
 
 def mean_and_se(values):
@@ -749,8 +770,11 @@ def draw_panels(path, problems, rows, results, rng):
     plt.close(figure)
 
 
-def draw_convergence(path, rows):
-    """E[r] and log Z against the particles in a group, two standard errors; the band falls as N^-1/2."""
+def draw_convergence(path, rows, reference):
+    """E[r] and log Z against the particles in a group. Bars are two standard errors of the mean over groups; the band
+
+    is two standard errors of one run of importance sampling: those of `reference` draws, scaled to N.
+    """
     table = {r["name"]: r for r in rows}
     sizes = [int(name.split(".")[0][8:]) for name in table if name.startswith("correct") and name.endswith("log_z")]
     curves = dict(correct=("#0072B2", "all state gathered"), stale_twist=("#D55E00", "twist left behind"))
@@ -761,14 +785,13 @@ def draw_convergence(path, rows):
             lines = [table[f"{name}_{size}.convergence.{key}"] for size in sizes]
             ax.errorbar(sizes, [r["estimate"] for r in lines], [2 * (r["se"] or 0) for r in lines], color=color,
                         label=text, marker="o", markersize=4, capsize=2)
-        widest = 2 * table[f"correct_{sizes[0]}.convergence.{key}"]["se"]
-        widest *= max(4, (1200 if len(sizes) == 3 else 10000) // sizes[0]) ** 0.5  # of one group of the smallest size
-        band = [[own["estimate"] + sign * widest * (sizes[0] / n) ** 0.5 for n in sizes] for sign in (-1, 1)]
-        ax.fill_between(sizes, *band, color="#0072B2", alpha=0.15, linewidth=0, label="N$^{-1/2}$, one group")
+        band = [[own["estimate"] + 2 * sign * own["se"] * (reference / n) ** 0.5 for n in sizes] for sign in (-1, 1)]
+        ax.fill_between(sizes, *band, color="black", alpha=0.1, linewidth=0, label="N$^{-1/2}$, importance sampling")
         ax.axhline(own["estimate"], color="black", linestyle=":", label="exact, at this number of steps")
         ax.axhline(own["exact"], color="black", linewidth=0.6, label="exact, continuous time")
         ax.set(xscale="log", xlabel="particles in a group", ylabel=label)
     axes[1].set_yscale("symlog", linthresh=4)
+    axes[1].set_yticks([-4, -3, -2, 0, 2, 10, 50], [-4, -3, -2, 0, 2, 10, 50])
     axes[0].legend(fontsize=8)
     figure.suptitle("gmm2, exact score: more particles help only where the twist follows its particle", fontsize=10)
     figure.tight_layout()
@@ -778,7 +801,7 @@ def draw_convergence(path, rows):
 
 def main(args):
     """Train or load, run every method, write both figures and numbers.json -> {row name: estimate}."""
-    start, out = time.perf_counter(), args.out / "toy_das"
+    start, out = time.perf_counter(), results_folder(args, "toy_das")
     rng = torch.Generator(args.device).manual_seed(args.seed)
     problems = [make_problem(name, args.kl_weight, rng.device) for name in args.problem]
     rows, results = [], {}
@@ -792,7 +815,7 @@ def main(args):
         rows += measure(problem, results[problem.name], args, rng)
     rows += measure_convergence(args, rng)
     draw_panels(out / "figure.png", problems, rows, results, rng)
-    draw_convergence(out / "convergence.png", rows)
+    draw_convergence(out / "convergence.png", rows, args.reference)
     evaluations = sum(r["evaluations"] for result in results.values() for r in result.values())
     write_numbers(out / "numbers.json", args, rows, evaluations, time.perf_counter() - start)
     for problem in problems:
