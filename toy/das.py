@@ -87,110 +87,6 @@ def parse_args(argv=None):
     return args
 
 
-# ---- shared: command line and files ----------------------------------------------------------------------------------
-
-
-def common_parser(doc):
-    """The flags that every script has, in the same order; a bad flag ends in one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{parser.prog}: {message}")
-    parser.add_argument("--seed", type=int, default=0)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="coarse, in seconds")
-    size.add_argument("--paper", action="store_true", help="the paper's sizes")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of results and caches")
-    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
-    return parser
-
-
-def device(text):
-    """An argparse type: a device of PyTorch that this machine has."""
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine") from error
-    return text
-
-
-def results_folder(args, script):
-    """The folder of a script's results, `out`/<folder>_<script>; made now, so that a bad path costs no work."""
-    path = args.out / script
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{path} cannot be made: {error.strerror}")
-    return path
-
-
-def positive(kind):
-    """An argparse type: a number of this kind (int or float) above zero."""
-
-    def parse(text):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be above zero, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
-def fail(message):
-    """End with one sentence on stderr and exit code 2."""
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
-
-
-def progress(label, done, total):
-    """A line on stderr that counts up."""
-    if done == total or done % max(1, total // 20) == 0:
-        print(f"\r{label} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-
-def write_atomically(path, write):
-    """Call write(path of a temporary file), then rename: an interrupted run leaves no half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"part-{path.name}")  # the suffix stays, matplotlib reads the format from it
-    write(part)
-    os.replace(part, path)
-
-
-def row(name, estimate, se=None, exact=None, reference=None):
-    """A line of numbers.json. z is against `reference` (value, standard error) where there is one, else `exact`."""
-    value, value_se = reference or (exact, 0.0)
-    z = (estimate - value) / math.hypot(se, value_se) if se and value is not None else None
-    return dict(name=name, estimate=estimate, se=se, exact=exact, reference=reference and reference[0], z=z)
-
-
-def write_numbers(path, args, rows, evaluations, seconds):
-    """numbers.json: the arguments, the rows and what the run cost."""
-    args = {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in vars(args).items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "matplotlib")}
-    record = dict(args=args, rows=rows, network_evaluations=evaluations, seconds=round(seconds, 1),
-                  peak_memory_mb=round(peak), versions=dict(python=sys.version.split()[0], **versions))
-    write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
-
-
-def print_table(rows, problem, keys):
-    """The rows named method.problem.key: a line a method, a column a key; estimate±se, and z in brackets."""
-    table = {r["name"]: r for r in rows}
-    methods = list(dict.fromkeys(name.split(".")[0] for name in table if name.split(".")[1] == problem))
-
-    def cell(r):
-        if r is None:
-            return ""
-        text = f"{r['estimate']:,}" if isinstance(r["estimate"], int) else f"{r['estimate']:.3f}"
-        return text + (f"±{r['se']:.3f}" if r["se"] else "") + (f" ({r['z']:+.1f})" if r["z"] is not None else "")
-
-    lines = [[m, *(cell(table.get(f"{m}.{problem}.{key}")) for key in keys)] for m in methods]
-    lines = [[problem, *keys]] + [line for line in lines if any(line[1:])]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines if len(lines) > 1 else []:
-        print(line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:])), sep="  ")
-    print()
-
-
 # ---- the problem: data, reward, exact answer -------------------------------------------------------------------------
 
 
@@ -287,86 +183,6 @@ def make_problem(name, kl_weight, device):
 def noise_levels():
     """abar of the 1000 training steps with linear beta from 1e-4 to 0.02 (Ho et al. 2020) -> list of float."""
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).tolist()
-
-
-# ---- shared: the network ---------------------------------------------------------------------------------------------
-
-
-class Denoiser(torch.nn.Module):
-    """Noise prediction by a tiny MLP that is safe at every noise level.
-
-    The data are normalised (mean (d,), std scalar), the network sees x_t at unit variance times 4 (features of a few
-    tenths are then within the reach of smooth units) and the log signal-to-noise ratio, and predicts the velocity v
-    of Salimans and Ho (2022), which has unit variance at every level. So x0_hat stays bounded where abar -> 0, where
-    the division by sqrt(abar) turns a plain noise prediction's error into |x0_hat| = 9 and more.
-    """
-
-    def __init__(self, mean, std, width, rng):
-        super().__init__()
-        sizes = [len(mean) + 1, width, width, width, len(mean)]
-        layers = [torch.nn.Linear(a, b, device=rng.device) for a, b in zip(sizes, sizes[1:])]
-        for layer in layers:  # PyTorch's own initialisation, from our generator; the biases must not start at zero
-            for value in layer.parameters():
-                torch.nn.init.uniform_(value, -(layer.in_features**-0.5), layer.in_features**-0.5, generator=rng)
-        self.mlp = torch.nn.Sequential(*[m for layer in layers for m in (layer, torch.nn.SiLU())][:-1])
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-
-    def normalise(self, x, abar):
-        """x (N, d), abar a float or (N, 1) -> unit-variance x, and cos, sin with x = cos x_0 + sin eps there."""
-        abar = torch.as_tensor(abar, device=x.device, dtype=x.dtype).expand(len(x), 1)
-        scale = (abar * self.std**2 + 1 - abar) ** -0.5
-        return (x - abar.sqrt() * self.mean) * scale, abar.sqrt() * self.std * scale, (1 - abar).sqrt() * scale
-
-    def velocity(self, unit, cos, sin):
-        """v = cos eps - sin x_0 for normalised x_0."""
-        return self.mlp(torch.cat([4 * unit, (cos / sin).log() / 2], 1))
-
-    def forward(self, x, abar):
-        """x (N, d), abar a float or (N, 1) -> E[eps | x_t = x] (N, d)."""
-        unit, cos, sin = self.normalise(x, abar)
-        return sin * unit + cos * self.velocity(unit, cos, sin)
-
-
-def train_denoiser(sample, abar, steps, rng, width=96, batch=2048, lr=8e-3):
-    """Velocity regression on fresh draws of sample(n, rng) -> (n, d) at uniform time steps -> Denoiser."""
-    x0 = sample(100_000, rng)
-    net = Denoiser(x0.mean(0), (x0 - x0.mean(0)).std(), width, rng)
-    levels = torch.tensor(abar, device=rng.device, dtype=x0.dtype)[:, None]
-    optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    for step in range(steps):
-        x0 = sample(batch, rng)
-        eps = torch.randn(x0.shape, generator=rng, device=rng.device)
-        level = levels[torch.randint(len(levels), (batch,), generator=rng, device=rng.device)]
-        unit, cos, sin = net.normalise(level.sqrt() * x0 + (1 - level).sqrt() * eps, level)
-        v = cos * eps - sin * (x0 - net.mean) / net.std
-        loss = ((net.velocity(unit, cos, sin) - v) ** 2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress("training", step + 1, steps)
-    return net.requires_grad_(False)
-
-
-def cached_denoiser(folder, settings, sample, abar, rng):
-    """The network trained with these settings (a flat dict with steps), from `folder`, or trained and stored there."""
-    text = json.dumps(settings, sort_keys=True)
-    path = folder / f"denoiser-{hashlib.sha256(text.encode()).hexdigest()[:12]}.pt"
-    if not path.exists():
-        net = train_denoiser(sample, abar, settings["steps"], rng)
-        write_atomically(path, lambda part: torch.save({"settings": text, "state": net.state_dict()}, part))
-    try:
-        stored = torch.load(path, map_location=rng.device, weights_only=True)
-        if stored["settings"] != text:
-            fail(f"{path} was trained with other settings ({stored['settings']}): delete it to train again.")
-        state = stored["state"]
-        net = Denoiser(state["mean"], state["std"], len(state["mlp.0.bias"]), rng)
-        net.load_state_dict(state)
-    except (KeyError, RuntimeError, EOFError) as error:
-        fail(f"{path} is no network of this script ({error}): delete it to train again.")
-    return net.requires_grad_(False)
 
 
 # ---- shared: the sampler ---------------------------------------------------------------------------------------------
@@ -797,6 +613,193 @@ def draw_convergence(path, rows, reference):
     figure.tight_layout()
     write_atomically(path, lambda part: figure.savefig(part, dpi=100))
     plt.close(figure)
+
+
+# ---- shared: the network ---------------------------------------------------------------------------------------------
+
+
+class Denoiser(torch.nn.Module):
+    """Noise prediction by a tiny MLP that is safe at every noise level.
+
+    The data are normalised (mean (d,), std scalar), the network sees x_t at unit variance times 4 (features of a few
+    tenths are then within the reach of smooth units) and the log signal-to-noise ratio, and predicts the velocity v
+    of Salimans and Ho (2022), which has unit variance at every level. So x0_hat stays bounded where abar -> 0, where
+    the division by sqrt(abar) turns a plain noise prediction's error into |x0_hat| = 9 and more.
+    """
+
+    def __init__(self, mean, std, width, rng):
+        super().__init__()
+        sizes = [len(mean) + 1, width, width, width, len(mean)]
+        layers = [torch.nn.Linear(a, b, device=rng.device) for a, b in zip(sizes, sizes[1:])]
+        for layer in layers:  # PyTorch's own initialisation, from our generator; the biases must not start at zero
+            for value in layer.parameters():
+                torch.nn.init.uniform_(value, -(layer.in_features**-0.5), layer.in_features**-0.5, generator=rng)
+        self.mlp = torch.nn.Sequential(*[m for layer in layers for m in (layer, torch.nn.SiLU())][:-1])
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def normalise(self, x, abar):
+        """x (N, d), abar a float or (N, 1) -> unit-variance x, and cos, sin with x = cos x_0 + sin eps there."""
+        abar = torch.as_tensor(abar, device=x.device, dtype=x.dtype).expand(len(x), 1)
+        scale = (abar * self.std**2 + 1 - abar) ** -0.5
+        return (x - abar.sqrt() * self.mean) * scale, abar.sqrt() * self.std * scale, (1 - abar).sqrt() * scale
+
+    def velocity(self, unit, cos, sin):
+        """v = cos eps - sin x_0 for normalised x_0."""
+        return self.mlp(torch.cat([4 * unit, (cos / sin).log() / 2], 1))
+
+    def forward(self, x, abar):
+        """x (N, d), abar a float or (N, 1) -> E[eps | x_t = x] (N, d)."""
+        unit, cos, sin = self.normalise(x, abar)
+        return sin * unit + cos * self.velocity(unit, cos, sin)
+
+
+def train_denoiser(sample, abar, steps, rng, width=96, batch=2048, lr=8e-3):
+    """Velocity regression on fresh draws of sample(n, rng) -> (n, d) at uniform time steps -> Denoiser."""
+    x0 = sample(100_000, rng)
+    net = Denoiser(x0.mean(0), (x0 - x0.mean(0)).std(), width, rng)
+    levels = torch.tensor(abar, device=rng.device, dtype=x0.dtype)[:, None]
+    optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    for step in range(steps):
+        x0 = sample(batch, rng)
+        eps = torch.randn(x0.shape, generator=rng, device=rng.device)
+        level = levels[torch.randint(len(levels), (batch,), generator=rng, device=rng.device)]
+        unit, cos, sin = net.normalise(level.sqrt() * x0 + (1 - level).sqrt() * eps, level)
+        v = cos * eps - sin * (x0 - net.mean) / net.std
+        loss = ((net.velocity(unit, cos, sin) - v) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress("training", step + 1, steps)
+    return net.requires_grad_(False)
+
+
+def cached_denoiser(folder, settings, sample, abar, rng):
+    """The network trained with these settings (a flat dict with steps), from `folder`, or trained and stored there."""
+    text = json.dumps(settings, sort_keys=True)
+    path = folder / f"denoiser-{hashlib.sha256(text.encode()).hexdigest()[:12]}.pt"
+    if not path.exists():
+        net = train_denoiser(sample, abar, settings["steps"], rng)
+        write_atomically(path, lambda part: torch.save({"settings": text, "state": net.state_dict()}, part))
+    try:
+        stored = torch.load(path, map_location=rng.device, weights_only=True)
+        if stored["settings"] != text:
+            fail(f"{path} was trained with other settings ({stored['settings']}): delete it to train again.")
+        state = stored["state"]
+        net = Denoiser(state["mean"], state["std"], len(state["mlp.0.bias"]), rng)
+        net.load_state_dict(state)
+    except (KeyError, RuntimeError, EOFError) as error:
+        fail(f"{path} is no network of this script ({error}): delete it to train again.")
+    return net.requires_grad_(False)
+
+
+# ---- shared: command line and files ----------------------------------------------------------------------------------
+
+
+def common_parser(doc):
+    """The flags that every script has, in the same order; a bad flag ends in one sentence and exit code 2."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{parser.prog}: {message}")
+    parser.add_argument("--seed", type=int, default=0)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="coarse, in seconds")
+    size.add_argument("--paper", action="store_true", help="the paper's sizes")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of results and caches")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
+    return parser
+
+
+def device(text):
+    """An argparse type: a device of PyTorch that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine") from error
+    return text
+
+
+def results_folder(args, script):
+    """The folder of a script's results, `out`/<folder>_<script>; made now, so that a bad path costs no work."""
+    path = args.out / script
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{path} cannot be made: {error.strerror}")
+    return path
+
+
+def positive(kind):
+    """An argparse type: a number of this kind (int or float) above zero."""
+
+    def parse(text):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be above zero, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+def fail(message):
+    """End with one sentence on stderr and exit code 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def progress(label, done, total):
+    """A line on stderr that counts up."""
+    if done == total or done % max(1, total // 20) == 0:
+        print(f"\r{label} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def write_atomically(path, write):
+    """Call write(path of a temporary file), then rename: an interrupted run leaves no half-written file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"part-{path.name}")  # the suffix stays, matplotlib reads the format from it
+    write(part)
+    os.replace(part, path)
+
+
+def row(name, estimate, se=None, exact=None, reference=None):
+    """A line of numbers.json. z is against `reference` (value, standard error) where there is one, else `exact`."""
+    value, value_se = reference or (exact, 0.0)
+    z = (estimate - value) / math.hypot(se, value_se) if se and value is not None else None
+    return dict(name=name, estimate=estimate, se=se, exact=exact, reference=reference and reference[0], z=z)
+
+
+def write_numbers(path, args, rows, evaluations, seconds):
+    """numbers.json: the arguments, the rows and what the run cost."""
+    args = {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in vars(args).items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "matplotlib")}
+    record = dict(args=args, rows=rows, network_evaluations=evaluations, seconds=round(seconds, 1),
+                  peak_memory_mb=round(peak), versions=dict(python=sys.version.split()[0], **versions))
+    write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
+
+
+def print_table(rows, problem, keys):
+    """The rows named method.problem.key: a line a method, a column a key; estimate±se, and z in brackets."""
+    table = {r["name"]: r for r in rows}
+    methods = list(dict.fromkeys(name.split(".")[0] for name in table if name.split(".")[1] == problem))
+
+    def cell(r):
+        if r is None:
+            return ""
+        text = f"{r['estimate']:,}" if isinstance(r["estimate"], int) else f"{r['estimate']:.3f}"
+        return text + (f"±{r['se']:.3f}" if r["se"] else "") + (f" ({r['z']:+.1f})" if r["z"] is not None else "")
+
+    lines = [[m, *(cell(table.get(f"{m}.{problem}.{key}")) for key in keys)] for m in methods]
+    lines = [[problem, *keys]] + [line for line in lines if any(line[1:])]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines if len(lines) > 1 else []:
+        print(line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:])), sep="  ")
+    print()
+
+
+# ---- main -------------------------------------------------------------------------------------------------------------
 
 
 def main(args):
