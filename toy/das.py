@@ -37,6 +37,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import resource
 import sys
 import time
@@ -52,7 +53,7 @@ from scipy.spatial.distance import cdist
 from torch.nn.functional import one_hot
 
 PRESETS = {  # what the size flags default to
-    "quick": dict(groups=20, particles=50, steps=50, train_steps=400, reference=4000, subsamples=10),
+    "quick": dict(groups=20, particles=50, steps=50, train_steps=500, reference=4000, subsamples=10),
     "default": dict(groups=100, particles=100, steps=100, train_steps=2000, reference=40000, subsamples=100),
     "paper": dict(groups=1000, particles=100, steps=100, train_steps=5000, reference=200000, subsamples=100),
 }
@@ -147,7 +148,7 @@ class GaussianMixture:
 
 
 def make_problem(name, kl_weight, device):
-    """A toy problem of the paper with its exact answer: a namespace of data, reward, target, log_z, *_reward.
+    """A toy problem of the paper with its exact answer: a namespace of data, reward, target, log_z, kl, *_reward.
 
     `gmm` is a 3 x 3 grid, `gmm2` a ring of 8, `swiss_roll` a roll in 3D blurred by 0.3. The roll is laid out as a
     lattice of Gaussians closer to each other than their width, so that all three are mixtures and all tilts exact.
@@ -166,7 +167,7 @@ def make_problem(name, kl_weight, device):
         means = torch.stack([angle * angle.cos() / 2, angle * angle.sin() / 2, 6 * height - 3], 1)
     means, A, c = (torch.as_tensor(v, dtype=torch.float64, device=device) for v in (means, curvature, center))
     count, d = means.shape
-    data = GaussianMixture(torch.full((count,), 1 / count).to(A), means, var * torch.eye(d).to(A).expand(count, d, d))
+    data = GaussianMixture(torch.full_like(means[:, 0], 1 / count), means, var * torch.eye(d).to(A).expand(count, d, d))
     target, log_z = data.tilt(A.diag(), c, kl_weight)
 
     def reward(x):
@@ -177,7 +178,8 @@ def make_problem(name, kl_weight, device):
         return -(((mean - c) ** 2 + cov.diagonal()) * A).sum().item()
 
     exact = dict(data_reward=mean_reward(data), target_reward=mean_reward(target), log_z=log_z)
-    return types.SimpleNamespace(name=name, data=data, reward=reward, target=target, **exact)
+    kl = exact["target_reward"] / kl_weight - log_z  # of the target from the data, nats
+    return types.SimpleNamespace(name=name, data=data, reward=reward, target=target, kl=kl, **exact)
 
 
 def noise_levels():
@@ -301,19 +303,19 @@ def look_ahead(predict_noise, reward, x, t, abar, kl_weight, guided, chunk):
             part = part.detach().requires_grad_(guided)
             eps = predict_noise(part, t)
             x0_hat = (part - (1 - abar) ** 0.5 * eps) / abar**0.5
-            value = checked(reward(x0_hat), len(part)) / kl_weight
+            value = checked(reward(x0_hat), part.shape[:1]) / kl_weight
             if guided and not value.requires_grad:
                 fail("The reward has no gradient: sample without guidance.")
             grad = torch.autograd.grad(value.sum(), part)[0] if guided else torch.zeros_like(part)
-        parts.append([v.detach() for v in (part, eps, x0_hat, value, checked(grad, len(part)))])
+        parts.append([v.detach() for v in (part, eps, x0_hat, value, checked(grad, part.shape))])
     return dict(zip(("x", "eps", "x0_hat", "value", "grad"), map(torch.cat, zip(*parts))))
 
 
-def checked(value, count):
-    """value, if it is finite and has one entry (a number or a gradient) for each of the particles."""
-    if value.shape[:1] != (count,) or not value.isfinite().all():
-        fail(f"The reward must be one finite number per sample, with a finite gradient; got shape {tuple(value.shape)}"
-             f" for {count} samples, {int((~value.isfinite()).sum())} of them not finite.")
+def checked(value, shape):
+    """value, a reward or its gradient, if it has this shape and is finite."""
+    if value.shape != shape or not value.isfinite().all():
+        fail(f"The reward must be one finite number per sample, with a finite gradient: expected shape {tuple(shape)}, "
+             f"got {tuple(value.shape)}, {int((~value.isfinite()).sum())} of them not finite.")
     return value
 
 
@@ -377,7 +379,7 @@ def das(predict_noise, reward, x, timesteps, abar, rng, particles, kl_weight=1.0
         if i + 1 < steps:
             state = look_ahead(predict_noise, reward, x, timesteps[i + 1], abar[i + 1], kl_weight, guided, chunk)
         else:  # the sample itself takes the place of its forecast
-            state = dict(x=x, value=checked(reward(x), len(x)).detach() / kl_weight)
+            state = dict(x=x, value=checked(reward(x), x.shape[:1]).detach() / kl_weight)
         if temper == "adaptive" and i + 1 < steps:
             lam = adapt_temper(log_w.view(groups, -1), state["value"].view(groups, -1), lam, ess * particles)
         else:
@@ -479,7 +481,7 @@ def measure(problem, results, args, rng):
     """The rows of all methods; z of E[r] and log Z is against the reference, so it is the method's error alone."""
     log_w = results["reference"]["log_w"].flatten()
     own = dict(mean_reward=tilted_mean_and_se(log_w, results["reference"]["reward"]), log_z=log_mean_and_se(log_w))
-    exact = dict(mean_reward=problem.target_reward, log_z=problem.log_z)
+    exact = dict(mean_reward=problem.target_reward, log_z=problem.log_z, kl=problem.kl)
     axes = [f"var_{a}" for a in "xyz"[: len(problem.data.means.T)]]
     exact |= dict(zip(axes, problem.target.moments()[1].diagonal().tolist()))
     rows = [row(f"exact.{problem.name}.{key}", value) for key, value in exact.items()]
@@ -676,22 +678,25 @@ def train_denoiser(sample, abar, steps, rng, width=96, batch=2048, lr=8e-3):
     return net.requires_grad_(False)
 
 
-def cached_denoiser(folder, settings, sample, abar, rng):
-    """The network trained with these settings (a flat dict with steps), from `folder`, or trained and stored there."""
+def cached_denoiser(folder, settings, sample, abar, device):
+    """The network with these settings (a flat dict with steps and seed), from `folder`, or trained and stored there.
+
+    Training draws from a generator of its own: a run gives the same numbers whether or not the network was there.
+    """
     text = json.dumps(settings, sort_keys=True)
     path = folder / f"denoiser-{hashlib.sha256(text.encode()).hexdigest()[:12]}.pt"
     if not path.exists():
-        net = train_denoiser(sample, abar, settings["steps"], rng)
+        net = train_denoiser(sample, abar, settings["steps"], torch.Generator(device).manual_seed(settings["seed"]))
         write_atomically(path, lambda part: torch.save({"settings": text, "state": net.state_dict()}, part))
     try:
-        stored = torch.load(path, map_location=rng.device, weights_only=True)
+        stored = torch.load(path, map_location=device, weights_only=True)
         if stored["settings"] != text:
             fail(f"{path} was trained with other settings ({stored['settings']}): delete it to train again.")
         state = stored["state"]
-        net = Denoiser(state["mean"], state["std"], len(state["mlp.0.bias"]), rng)
+        net = Denoiser(state["mean"], state["std"], len(state["mlp.0.bias"]), torch.Generator(device))
         net.load_state_dict(state)
-    except (KeyError, RuntimeError, EOFError) as error:
-        fail(f"{path} is no network of this script ({error}): delete it to train again.")
+    except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        fail(f"{path} is no network of this script ({type(error).__name__}): delete it to train again.")
     return net.requires_grad_(False)
 
 
@@ -799,7 +804,7 @@ def print_table(rows, problem, keys):
     print()
 
 
-# ---- main -------------------------------------------------------------------------------------------------------------
+# ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def main(args):
@@ -812,7 +817,8 @@ def main(args):
         predict_noise = problem.data.predict_noise
         if args.score == "mlp":
             settings = dict(problem=problem.name, steps=args.train_steps, seed=args.seed)
-            predict_noise = cached_denoiser(args.out / "cache", settings, problem.data.sample, noise_levels(), rng)
+            cache = args.out / "cache"
+            predict_noise = cached_denoiser(cache, settings, problem.data.sample, noise_levels(), rng.device)
             rows += measure_network(problem, predict_noise, rng)
         results[problem.name] = run_methods(problem, predict_noise, args, rng)
         rows += measure(problem, results[problem.name], args, rng)

@@ -1,0 +1,38 @@
+"""Scripts are tested by path: `python -m pytest --src DIR` tests the copies under DIR instead of this repository's."""
+import importlib.util
+import pathlib
+import sys
+import types
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+SOURCE = REPOSITORY
+
+
+def pytest_addoption(parser):
+    parser.addoption("--src", type=pathlib.Path, default=REPOSITORY, help="folder that holds toy/, sd/, dna/")
+
+
+def pytest_configure(config):
+    global SOURCE
+    SOURCE = config.getoption("--src").resolve()
+
+
+def load(script):
+    """The module of a script such as "toy/das.py"."""
+    name = script.removesuffix(".py").replace("/", "_")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, SOURCE / script)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def planted(script, *changes):
+    """The module of a script with each text `old` replaced by `new`; `old` must stand there exactly once."""
+    text = (SOURCE / script).read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, f"{script} holds {text.count(old)} times: {old}"
+        text = text.replace(old, new)
+    module = types.ModuleType("planted")
+    exec(compile(text, f"{script} with a planted bug", "exec"), module.__dict__)
+    return module
