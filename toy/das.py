@@ -474,7 +474,14 @@ def emd_to_target(x, w, target, rng, repeats, size=500):
 def mode_masses(x, w, means):
     """Share of the weighted points x (N, d), w (N,) that is nearest to each of means (K, d) -> (K,)."""
     nearest = torch.cdist(x, means.to(x)).argmin(1)
-    return torch.zeros(len(means), device=x.device).index_add_(0, nearest, w) / w.sum()
+    return torch.zeros(len(means)).to(w).index_add_(0, nearest, w) / w.sum()
+
+
+def exact_mode_masses(mixture, n=1001):
+    """What `mode_masses` tends to for samples of a mixture in 2D, by quadrature: not its weights, as modes overlap."""
+    line = torch.linspace(-10, 10, n, dtype=torch.float64, device=mixture.means.device)
+    grid = torch.cartesian_prod(line, line)
+    return mode_masses(grid, mixture.log_prob(grid).exp(), mixture.means)
 
 
 def measure(problem, results, args, rng):
@@ -513,7 +520,7 @@ def measure(problem, results, args, rng):
         for axis, variance in zip(axes, (w @ (x - w @ x) ** 2).tolist()):
             add(axis, variance)
         if len(problem.target.means) < 10:
-            error = mode_masses(x, w, problem.target.means) - problem.target.weights.to(x)
+            error = mode_masses(x, w, problem.target.means) - exact_mode_masses(problem.target).to(x)
             add("mode_l1", error.abs().sum().item())
         if method in ("bootstrap", "das"):
             add("resamplings", sum(step[2] for step in out["history"]))
@@ -574,9 +581,10 @@ def draw_panels(path, problems, rows, results, rng):
         flat = GaussianMixture(problem.target.weights, problem.target.means[:, :2], problem.target.covs[:, :2, :2])
         points = torch.cartesian_prod(span, span).to(rng.device)
         log_p = torch.cat([flat.log_prob(part) for part in points.split(2000)]).view(len(span), -1).T.cpu()
+        span, log_p = span.numpy(), log_p.numpy()
         for ax, (method, title) in zip(line, TITLES.items()):
             out = results[problem.name][method]
-            x = out["x"][torch.multinomial(out["w"].flatten(), 1500, replacement=True, generator=rng)].cpu()
+            x = out["x"][torch.multinomial(out["w"].flatten(), 1500, replacement=True, generator=rng)].cpu().numpy()
             ax.contour(span, span, log_p, [-9, -6, -3], colors="black", linewidths=0.4, linestyles="solid")
             ax.scatter(x[:, 0], x[:, 1], s=2, c="#555555" if method == "target" else "#0072B2", alpha=0.5, linewidths=0)
             numbers = [value[f"{method}.{problem.name}.{key}"] for key in ("mean_reward", "emd")]

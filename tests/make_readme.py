@@ -1,0 +1,85 @@
+"""Fill the README's tables, between <!-- table NAME --> and <!-- end -->, from the recorded runs: python tests/make_readme.py.
+
+A record is the numbers.json of a run, kept as <folder>/results/<script>_seed<k>.json. Numbers of the papers and of
+their official code are written here, with where they come from.
+"""
+import json
+import pathlib
+import re
+import statistics
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+def records(script):
+    """Rows by name of each recorded seed of a script such as toy/das."""
+    folder, name = script.split("/")
+    paths = sorted((REPOSITORY / folder / "results").glob(f"{name}_seed*.json"))
+    return [{r["name"]: r for r in json.loads(path.read_text())["rows"]} for path in paths]
+
+
+def spread(runs, name, digits=3):
+    """mean ± standard deviation over the recorded seeds, as text; empty where the row is missing."""
+    values = [run[name]["estimate"] for run in runs if name in run]
+    if not values:
+        return ""
+    if isinstance(values[0], int):
+        return f"{values[0]:,}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def exact(runs, name, digits=3):
+    value = next(run[name]["exact"] for run in runs if name in run)
+    return f"{value:.{digits}f}"
+
+
+def table(header, lines):
+    lines = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def das_reference():
+    """Official column: the official notebooks run with four sampling seeds (mode L1: one)."""
+    runs = records("toy/das")
+    official = {"gmm.emd": "0.54 to 0.62", "gmm2.emd": "0.98 to 1.16", "gmm.mode_l1": "0.27", "gmm2.mode_l1": "0.27",
+                "gmm.mean_reward": "-0.29 to -0.24", "gmm2.mean_reward": "-1.45 to -1.42"}
+    paper = {"gmm.emd": "0.82", "gmm.mean_reward": "-0.22"}
+    lines = []
+    for key, label in dict(emd="EMD", mode_l1="mode L1", mean_reward="E[r]", log_z="log Z").items():
+        for problem in ("gmm", "gmm2"):
+            name = f"{problem}.{key}"
+            if key in ("mean_reward", "log_z"):
+                truth = f"{exact(runs, f'das.{name}')}; at 100 steps {spread(runs, f'reference.{name}')}"
+            else:
+                truth = f"{spread(runs, f'target.{name}')} (exact samples)"
+            lines.append([f"{problem} {label}", spread(runs, f"das.{name}"), official.get(name, ""), paper.get(name, ""), truth])
+    return table(["DAS", "ours", "official code", "paper", "exact"], lines)
+
+
+def das_methods():
+    runs, lines = records("toy/das"), []
+    for problem in ("gmm", "gmm2"):
+        for method, label in dict(pretrained="pretrained", target="exact samples", guidance="guidance, 1 particle",
+                                  importance="importance resampling", bootstrap="bootstrap SMC", das="DAS").items():
+            keys = ("mean_reward", "emd_at_1e5", "emd_at_1e6", "emd", "mode_l1", "network_evaluations", "seconds")
+            digits = dict(seconds=1)
+            lines.append([problem, label, *(spread(runs, f"{method}.{problem}.{k}", digits.get(k, 3)) for k in keys)])
+    header = ["problem", "method", "E[r]", "EMD, 1e5 evaluations", "1e6", "all", "mode L1", "evaluations", "seconds"]
+    return table(header, lines)
+
+
+TABLES = {"das": das_reference, "das methods": das_methods}
+
+
+def fill(text):
+    """The README's text with its tables made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        assert len(pattern.findall(text)) == 1, f"README.md has no place for the table {name!r}"
+        text = pattern.sub(lambda m: m[1] + make() + "\n" + m[2], text)
+    return text
+
+
+if __name__ == "__main__":
+    path = REPOSITORY / "README.md"
+    path.write_text(fill(path.read_text()))

@@ -1,0 +1,128 @@
+"""What makes the scripts one design: shared text, imports, commands that parse, and a README that tells the records."""
+import ast
+import json
+import re
+import shlex
+import sys
+from importlib.metadata import packages_distributions
+
+import conftest
+import make_readme
+import pytest
+from conftest import REPOSITORY, load
+
+SCRIPTS = sorted(str(p.relative_to(REPOSITORY)) for d in ("toy", "sd", "dna") for p in (REPOSITORY / d).glob("*.py"))
+
+OWN = {"main", "parse_args"}  # names that every script defines for itself
+
+FILES = {"common_parser", "device", "results_folder", "positive", "fail", "progress", "write_atomically", "row",
+         "write_numbers", "print_table"}
+NETWORK = {"Denoiser", "train_denoiser", "cached_denoiser", "noise_levels"}
+SAMPLER = {"per_particle", "effective_sample_size", "log_mean_exp", "resample", "invert_cdf", "pivotal", "gather",
+           "temper_schedule", "adapt_temper", "look_ahead", "checked", "ddim_kernel", "guide", "log_ratio", "das"}
+MEASURES = {"mean_and_se", "log_mean_and_se", "tilted_mean_and_se", "emd", "emd_to_target", "mode_masses"}
+SHARED = {  # script -> names whose text it shares with every other script that is listed with them
+    "toy/das.py": FILES | NETWORK | SAMPLER | MEASURES | {"GaussianMixture"},
+}
+
+
+def source(script):
+    return (conftest.SOURCE / script).read_text()
+
+
+def definitions(text):
+    """{name: text with decorators and comments} of the top-level functions and classes of a script."""
+    nodes = [n for n in ast.parse(text).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    lines = text.splitlines()
+    first = {n: min([n.lineno, *(d.lineno for d in n.decorator_list)]) for n in nodes}
+    return {n.name: "\n".join(lines[first[n] - 1 : n.end_lineno]) for n in nodes}
+
+
+def test_every_script_is_listed():
+    assert set(SHARED) == set(SCRIPTS)
+
+
+def test_one_name_one_text():
+    texts = {}
+    for script in SCRIPTS:
+        for name, text in definitions(source(script)).items():
+            if name not in OWN:
+                texts.setdefault(name, {}).setdefault(text, []).append(script)
+    assert {name: list(t.values()) for name, t in texts.items() if len(t) > 1} == {}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shared_names_are_there(script):
+    assert SHARED[script] - set(definitions(source(script))) == set()
+    assert OWN - set(definitions(source(script))) == set()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_imports(script):
+    """Scripts stand alone: the standard library and what requirements.txt names, or what those need themselves."""
+    allowed = {re.split(r"[<>=\[]", line)[0] for line in (REPOSITORY / "requirements.txt").read_text().split()}
+    allowed |= {"safetensors", "pillow", "tokenizers"}  # of transformers and matplotlib
+    for node in ast.walk(ast.parse(source(script))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            assert not getattr(node, "level", 0), "no relative imports"
+            for name in [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]:
+                top = name.split(".")[0]
+                siblings = {p.split("/")[1][:-3] for p in SCRIPTS if p.split("/")[0] == script.split("/")[0]}
+                if script.endswith("compare.py") and top in siblings:
+                    continue
+                packages = {p.lower() for p in packages_distributions().get(top, ())}
+                assert top in sys.stdlib_module_names or packages & allowed, f"{script} imports {name}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_import_runs_nothing(script):
+    nodes = ast.parse(source(script)).body
+    calls = [ast.unparse(n) for n in nodes if isinstance(n, ast.Expr) and not isinstance(n.value, ast.Constant)]
+    assert set(calls) <= {"matplotlib.use('Agg')"}
+
+
+def commands():
+    """Every `python DIR/SCRIPT.py FLAGS` of the README and of the docstrings; two blanks end a command."""
+    texts = {"README.md": (REPOSITORY / "README.md").read_text()}
+    texts |= {s: ast.get_docstring(ast.parse((REPOSITORY / s).read_text()), clean=False) for s in SCRIPTS}
+    found = {(m[1], m[2].split("  ")[0].strip()) for t in texts.values()
+             for m in re.finditer(r"python ((?:toy|sd|dna)/\w+\.py)((?: +[^\n`|&]*)?)", t)}
+    return sorted(found)
+
+
+@pytest.mark.parametrize("script, flags", commands())
+def test_commands_parse(script, flags):
+    load(script).parse_args(shlex.split(flags))
+
+
+def test_readme_starts_with_the_two_commands():
+    text = (REPOSITORY / "README.md").read_text()
+    assert "python -m pip install -r requirements.txt && python toy/das.py" in text
+    assert "python -m pip install -r requirements.txt && python -m pytest" in text
+
+
+def test_readme_tells_the_records():
+    text = (REPOSITORY / "README.md").read_text()
+    assert make_readme.fill(text) == text, "run: python tests/make_readme.py"
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("*/results/*.json")), ids=lambda p: p.name)
+def test_records_belong_to_the_scripts(path):
+    """A record holds the arguments of a run that its script still understands."""
+    script = path.parent.parent.name + "/" + path.stem.rsplit("_seed", 1)[0] + ".py"
+    record = json.loads(path.read_text())
+    assert set(record["args"]) == set(vars(load(script).parse_args([])))
+    names = [r["name"] for r in record["rows"]]
+    assert len(names) == len(set(names)) and all(re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)+", n) for n in names)
+
+
+def test_pictures_of_the_readme_are_there_and_small():
+    for path in re.findall(r"\]\(([^)]+\.png)\)", (REPOSITORY / "README.md").read_text()):
+        assert 10_000 < (REPOSITORY / path).stat().st_size < 300_000, path
+
+
+def test_a_changed_comment_or_decorator_is_seen():
+    text = "@cache\ndef f(x):\n    return x  # same\n"
+    assert definitions(text)["f"] == text.rstrip()
+    assert definitions(text) != definitions(text.replace("same", "other"))
+    assert definitions(text) != definitions(text.replace("@cache\n", ""))
