@@ -17,7 +17,7 @@ OWN = {"main", "parse_args"}  # names that every script defines for itself
 
 FILES = {"common_parser", "device", "results_folder", "positive", "fail", "progress", "write_atomically", "row",
          "write_numbers", "print_table"}
-NETWORK = {"Denoiser", "train_denoiser", "cached_denoiser", "noise_levels"}
+NETWORK = {"Denoiser", "velocity_loss", "train_denoiser", "cached_denoiser", "noise_levels"}
 SAMPLER = {"per_particle", "effective_sample_size", "log_mean_exp", "resample", "invert_cdf", "pivotal", "gather",
            "temper_schedule", "adapt_temper", "look_ahead", "checked", "ddim_kernel", "guide", "log_ratio", "das"}
 MEASURES = {"mean_and_se", "log_mean_and_se", "tilted_mean_and_se", "emd", "emd_to_target", "mode_masses"}

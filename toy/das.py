@@ -664,22 +664,25 @@ class Denoiser(torch.nn.Module):
         return sin * unit + cos * self.velocity(unit, cos, sin)
 
 
+def velocity_loss(net, x0, abar, rng):
+    """Squared error of the velocity at x0 (N, d) noised to a random one of the levels abar (T,) -> (N,), mean over d."""
+    eps = torch.randn(x0.shape, generator=rng, device=rng.device)
+    level = abar[torch.randint(len(abar), (len(x0), 1), generator=rng, device=rng.device)]
+    unit, cos, sin = net.normalise(level.sqrt() * x0 + (1 - level).sqrt() * eps, level)
+    v = cos * eps - sin * (x0 - net.mean) / net.std
+    return ((net.velocity(unit, cos, sin) - v) ** 2).mean(1)
+
+
 def train_denoiser(sample, abar, steps, rng, width=96, batch=2048, lr=8e-3):
     """Velocity regression on fresh draws of sample(n, rng) -> (n, d) at uniform time steps -> Denoiser."""
     x0 = sample(100_000, rng)
     net = Denoiser(x0.mean(0), (x0 - x0.mean(0)).std(), width, rng)
-    levels = torch.tensor(abar, device=rng.device, dtype=x0.dtype)[:, None]
+    levels = torch.tensor(abar, device=rng.device, dtype=x0.dtype)
     optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     for step in range(steps):
-        x0 = sample(batch, rng)
-        eps = torch.randn(x0.shape, generator=rng, device=rng.device)
-        level = levels[torch.randint(len(levels), (batch,), generator=rng, device=rng.device)]
-        unit, cos, sin = net.normalise(level.sqrt() * x0 + (1 - level).sqrt() * eps, level)
-        v = cos * eps - sin * (x0 - net.mean) / net.std
-        loss = ((net.velocity(unit, cos, sin) - v) ** 2).mean()
         optimizer.zero_grad()
-        loss.backward()
+        velocity_loss(net, sample(batch, rng), levels, rng).mean().backward()
         optimizer.step()
         schedule.step()
         progress("training", step + 1, steps)
