@@ -665,7 +665,7 @@ class Denoiser(torch.nn.Module):
 
 
 def velocity_loss(net, x0, abar, rng):
-    """Squared error of the velocity at x0 (N, d) noised to a random one of the levels abar (T,) -> (N,), mean over d."""
+    """Mean squared error of the velocity at x0 (N, d), noised to random levels among abar (T,) -> (N,)."""
     eps = torch.randn(x0.shape, generator=rng, device=rng.device)
     level = abar[torch.randint(len(abar), (len(x0), 1), generator=rng, device=rng.device)]
     unit, cos, sin = net.normalise(level.sqrt() * x0 + (1 - level).sqrt() * eps, level)
