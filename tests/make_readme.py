@@ -52,7 +52,8 @@ def das_reference():
                 truth = f"{exact(runs, f'das.{name}')}; at 100 steps {spread(runs, f'reference.{name}')}"
             else:
                 truth = f"{spread(runs, f'target.{name}')} (exact samples)"
-            lines.append([f"{problem} {label}", spread(runs, f"das.{name}"), official.get(name, ""), paper.get(name, ""), truth])
+            lines.append([f"{problem} {label}", spread(runs, f"das.{name}"), official.get(name, ""),
+                          paper.get(name, ""), truth])
     return table(["DAS", "ours", "official code", "paper", "exact"], lines)
 
 
@@ -68,7 +69,63 @@ def das_methods():
     return table(header, lines)
 
 
-TABLES = {"das": das_reference, "das methods": das_methods}
+def and_reference():
+    """Official column: means and sqrt of the determinant of the covariance of the notebook's stored samples."""
+    runs, lines = records("toy/and_composition"), []
+    official = {"primal_dual.paper.mean_x": "-0.002", "primal_dual.paper.var_x": "0.27 (both axes)"}
+    for method, label in dict(equal="equal weights", dual_only="Algorithm 3, summed score", corrected="SMC and entropies",
+                              primal_dual="Algorithm 2, network").items():
+        for problem in ("paper", "pair"):
+            keys = ("dual_1", "worst_kl", "mean_x", "var_x")
+            lines.append([problem, label, *(spread(runs, f"{method}.{problem}.{key}") for key in keys)])
+            if official and method == "primal_dual" and problem == "paper":
+                lines.append([problem, "Algorithm 2, official notebook", "", "",
+                              *(official[f"primal_dual.paper.{key}"] for key in ("mean_x", "var_x"))])
+    for problem in ("paper", "pair"):
+        keys = ("dual_1", "worst_kl", "mean_x", "var_x")
+        lines.append([problem, "exact", *(exact(runs, f"corrected.{problem}.{key}") for key in keys)])
+    return table(["problem", "method", "multiplier 1", "worst KL", "mean x", "variance x"], lines)
+
+
+def and_samplers():
+    runs, lines = records("toy/and_composition"), []
+    for sampler, label in dict(target="exact samples", ddim="DDIM on summed scores", langevin="annealed Langevin",
+                               mala="annealed MALA", smc="SMC").items():
+        keys = ("mean_x", "var_x", "emd")
+        lines.append([label, *(spread(runs, f"{sampler}.pair_samplers.{key}") for key in keys)])
+    lines.append(["exact", *(exact(runs, f"smc.pair_samplers.{key}") for key in ("mean_x", "var_x")), ""])
+    return table(["sampler of `pair`, 500 calls of each model", "mean x", "variance x", "EMD"], lines)
+
+
+def or_reference():
+    """Official column: the notebook's fitted mixtures; its multipliers are not stored."""
+    runs, lines = records("toy/or_composition"), []
+    for problem in ("paper", "overlap"):
+        for objective in ("elbo", "kl"):
+            keys = ("dual_1", "dual_2", "variance")
+            lines.append([problem, objective, *(spread(runs, f"{objective}.{problem}.{key}") for key in keys)])
+            lines.append([problem, f"{objective}, exact", *(exact(runs, f"{objective}.{problem}.{key}") for key in keys)])
+    lines.insert(2, ["paper", "elbo, official notebook", "", "", "0.07 to 0.10"])
+    return table(["problem", "objective", "weight 1", "weight 2", "variance within modes"], lines)
+
+
+def alignment_reference():
+    runs, lines = records("toy/constrained_alignment"), []
+    for problem in ("linear", "competing", "inactive", "bump", "objective", "combined"):
+        names = [n for n in runs[0] if n.startswith(f"constrained.{problem}.dual_")]
+        for name in names:
+            i = name.rsplit("_", 1)[1]
+            lines.append([problem, i, spread(runs, f"threshold.{problem}.reward_{i}", 2).split(" ")[0],
+                          spread(runs, f"equal.{problem}.reward_{i}"), spread(runs, f"constrained.{problem}.reward_{i}"),
+                          spread(runs, f"dual_only.{problem}.dual_{i}"), spread(runs, name), exact(runs, name),
+                          *([spread(runs, f"constrained.{problem}.kl_1"), exact(runs, f"constrained.{problem}.kl_1")]
+                            if i == "1" else ["", ""])])
+    return table(["problem", "reward", "threshold", "E[r], equal weights", "E[r], constrained", "multiplier, exact tilt",
+                  "multiplier, network", "exact", "KL", "exact"], lines)
+
+
+TABLES = {"das": das_reference, "das methods": das_methods, "and": and_reference, "and samplers": and_samplers,
+          "or": or_reference, "alignment": alignment_reference}
 
 
 def fill(text):

@@ -25,7 +25,7 @@ SAMPLER = {"per_particle", "effective_sample_size", "log_mean_exp", "resample", 
 MEASURES = {"mean_and_se", "log_mean_and_se", "tilted_mean_and_se", "emd", "emd_to_target", "mode_masses"}
 RESAMPLING = {"effective_sample_size", "log_mean_exp", "resample", "invert_cdf", "pivotal"}
 MULTIPLIERS = {"make_grid", "project_to_simplex", "dual_update"}
-KL = {"log_snr_levels", "multistep_kernel", "ddim_kernel"}
+KL = {"log_snr_levels", "multistep_kernel", "ddim_kernel", "Counted"}
 SHARED = {  # script -> names whose text it shares with every other script that is listed with them
     "toy/das.py": FILES | NETWORK | SAMPLER | MEASURES | {"GaussianMixture"},
     "toy/and_composition.py": FILES | NETWORK | RESAMPLING | MULTIPLIERS | KL

@@ -329,6 +329,17 @@ def log_snr_levels(count, end=None):
 # ---- the method: samplers of the product -----------------------------------------------------------------------------
 
 
+class Counted:
+    """A noise prediction (x, abar) that counts the points it is asked for."""
+
+    def __init__(self, predict):
+        self.predict, self.calls = predict, 0
+
+    def __call__(self, x, abar):
+        self.calls += len(x)
+        return self.predict(x, abar)
+
+
 def summed(predictions, weights):
     """The noise prediction sum_i weights_i eps_i, the paper's surrogate for that of the product."""
     return lambda x, a: torch.stack([w * f(x, a) for w, f in zip(weights.tolist(), predictions)]).sum(0)
@@ -967,9 +978,11 @@ def main(args):
                         for i in range(len(predictions))]
             predictions = [cached_denoiser(args.out / "cache", s, model.sample, noise_levels(), rng.device)
                            for s, model in zip(settings, problem.models)]
+        predictions = [Counted(f) for f in predictions]
         results[problem.name] = run_methods(problem, predictions, args, rng)
         samplers, extra = compare_samplers(problem, predictions, args, rng)
         rows += measure(problem, results[problem.name], samplers, args, rng) + extra
+        calls += sum(f.calls for f in predictions)
     rows += measure_lemmas(args, rng)
     draw_panels(out / "figure.png", problems, results)
     draw_duals(out / "duals.png", problems, results)

@@ -343,6 +343,17 @@ def dual_only(problem, args, rng):
     return torch.stack(path[len(path) * 3 // 4 :]).mean(0), torch.stack(path)
 
 
+class Counted:
+    """A noise prediction (x, abar) that counts the points it is asked for."""
+
+    def __init__(self, predict):
+        self.predict, self.calls = predict, 0
+
+    def __call__(self, x, abar):
+        self.calls += len(x)
+        return self.predict(x, abar)
+
+
 def adapted(predict, net):
     """The pretrained noise prediction plus what the network adds to its velocity."""
 
@@ -725,7 +736,7 @@ def main(args):
     start, out = time.perf_counter(), results_folder(args, "toy_constrained_alignment")
     rng = torch.Generator(args.device).manual_seed(args.seed)
     problems = [make_problem(name, args.threshold, rng.device) for name in args.problem]
-    rows, results = [], {}
+    rows, results, calls = [], {}, 0
     for problem in problems:
         predictions = [model.predict_noise for model in problem.models]
         if args.score == "mlp":
@@ -733,12 +744,14 @@ def main(args):
             settings = [dict(model=str(c), steps=args.train_steps, seed=args.seed) for c in components]
             predictions = [cached_denoiser(args.out / "cache", s, model.sample, noise_levels(), rng.device)
                            for s, model in zip(settings, problem.models)]
+        predictions = [Counted(f) for f in predictions]
         results[problem.name] = run_methods(problem, predictions, args, rng)
+        calls += sum(f.calls for f in predictions)
         rows += measure(problem, results[problem.name], args)
     rows += measure_sensitivity(args, rng.device)
     draw_figure(out / "figure.png", problems, results)
     draw_sensitivity(out / "sensitivity.png", rows)
-    write_numbers(out / "numbers.json", args, rows, 0, time.perf_counter() - start)
+    write_numbers(out / "numbers.json", args, rows, calls, time.perf_counter() - start)
     for problem in problems:
         counts = dict(weight=len(problem.models), dual=len(problem.b), reward=len(problem.b), kl=len(problem.models))
         keys = [f"{key}_{i + 1}" for key, count in counts.items() for i in range(count)]

@@ -306,6 +306,17 @@ def measure_gap(problem, predictions, objective, net, levels, rng, n=2000):
     return torch.tensor(values, dtype=torch.float64)
 
 
+class Counted:
+    """A noise prediction (x, abar) that counts the points it is asked for."""
+
+    def __init__(self, predict):
+        self.predict, self.calls = predict, 0
+
+    def __call__(self, x, abar):
+        self.calls += len(x)
+        return self.predict(x, abar)
+
+
 def summed(predictions, weights):
     """The noise prediction sum_i weights_i eps_i, the paper's surrogate for that of the product."""
     return lambda x, a: torch.stack([w * f(x, a) for w, f in zip(weights.tolist(), predictions)]).sum(0)
@@ -615,7 +626,7 @@ def main(args):
     start, out = time.perf_counter(), results_folder(args, "toy_or_composition")
     rng = torch.Generator(args.device).manual_seed(args.seed)
     problems = [make_problem(name, rng.device) for name in args.problem]
-    rows, results = [], {}
+    rows, results, calls = [], {}, 0
     for problem in problems:
         predictions = [q.predict_noise for q in problem.data]
         if args.score == "mlp" and "kl" in args.objective:
@@ -623,17 +634,20 @@ def main(args):
                         for i in range(len(predictions))]
             predictions = [cached_denoiser(args.out / "cache", s, q.sample, noise_levels(), rng.device)
                            for s, q in zip(settings, problem.data)]
+        predictions = [Counted(f) for f in predictions]
         results[problem.name] = {}
         for objective in ("equal", *args.objective):
             net, weights, path = primal_dual(problem, predictions, objective, args, rng)
+            net = Counted(net)
             noise = torch.randn(args.samples, 2, generator=rng, device=rng.device)
             exact = weights if objective == "equal" else blahut_arimoto(problem, objective)
             results[problem.name][objective] = types.SimpleNamespace(
                 net=net, weights=weights, path=path, exact=exact, x=sample_ddim([net], torch.ones(1), noise, 60, rng))
         rows += measure(problem, results[problem.name], predictions, args, rng)
+        calls += sum(f.calls for f in [*predictions, *(r.net for r in results[problem.name].values())])
     draw_panels(out / "figure.png", problems, results)
     draw_duals(out / "duals.png", problems, results)
-    write_numbers(out / "numbers.json", args, rows, 0, time.perf_counter() - start)
+    write_numbers(out / "numbers.json", args, rows, calls, time.perf_counter() - start)
     for problem in problems:
         print_table(rows, problem.name, ["dual_1", "dual_2", "kl_1", "kl_2", "ce_1", "ce_2", "variance"])
         print_table(rows, problem.name, [f"mass_{k + 1}" for k in range(len(problem.means))])
