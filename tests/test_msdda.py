@@ -262,7 +262,7 @@ MERGE_BUGS = {
                                   "mean, variance = (w * means).sum(0), variances[0]")], kernel_error),
     "means not weighted by precision": ([("(w * means / variances).sum(0) / precision", "(w * means).sum(0)")],
                                         kernel_error),
-    "variances averaged": ([("precision, 1 / precision", "precision, (w * variances).sum(0)")], kernel_error),
+    "variances averaged": ([("/ precision, 1 / precision", "/ precision, (w * variances).sum(0)")], kernel_error),
     "half the curvature": ([("shrink = 1 / (1 + 2 * P * var / kl_weight)", "shrink = 1 / (1 + P * var / kl_weight)")],
                            lambda module: 0 * kernel_error(module) + soft_gap(module)),
 }
@@ -297,7 +297,7 @@ class Chain:
 
     abar = [1e-6, 0.1, 0.35, 0.6, 0.8, 0.93, 1.0]
     mean, var, kl_weight = vector(0.4, -0.2), 0.9, 0.5
-    a, c = (0.5, 0.15), (vector(1.0, 0.3), vector(-0.2, 1.2))
+    a, c = (2.0, 0.1), (vector(2.0, 0.3), vector(-3.0, 3.0))
 
     def __init__(self, weights, own=(0.5, 0.5)):
         self.weights, self.kl_ratio = weights, vector(*own) / self.kl_weight
@@ -451,7 +451,7 @@ def test_exact_target_is_the_tilted_density(weights):
     assert ((p[:, None] * RING.rewards(x)).sum(0) - vector(*RING.mean_rewards(mixture))).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("weights", [(-3.0, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize("weights", [(-4.0, 0.0), (0.0, 0.0)])
 def test_no_target_no_work(weights, capsys):
     with pytest.raises(SystemExit) as end:
         RING.target(weights)
