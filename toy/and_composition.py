@@ -4,11 +4,11 @@ Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusio
 NeurIPS 2025, arXiv 2508.19104. Draws its Fig. 1 (figure.png), the dual function with the paths of the multipliers
 (duals.png) and both KL lemmas against the closed form (lemmas.png).
 
-Run    python toy/and_composition.py                       the paper's problem and an unequal pair   TIME_DEFAULT
-       python toy/and_composition.py --quick               the same, coarse                          TIME_QUICK
-       python toy/and_composition.py --score exact         closed-form scores: no network error      TIME_EXACT
-       python toy/and_composition.py --problem triple mixtures      two more problems                TIME_MORE
-       python toy/and_composition.py --paper               more samples and dual steps               TIME_PAPER
+Run    python toy/and_composition.py                       the paper's problem and an unequal pair   2 minutes (2 cores)
+       python toy/and_composition.py --quick               the same, coarse                          20 seconds
+       python toy/and_composition.py --score exact         closed-form scores: no network error      2 minutes
+       python toy/and_composition.py --problem triple mixtures      two more problems                3 minutes
+       python toy/and_composition.py --paper               more samples and dual steps               some 40 times that
 
 Notation (here -> paper)
        q_i, weights -> q^i, lambda    the pretrained models; multipliers, which are also the exponents of the product
@@ -32,7 +32,10 @@ KL(p || q_i) = -E_p[log q_i] - entropy of p, the models' own denoising errors on
 differences of the KLs, with no need of the score of the product. With the summed score in Lemma 2 instead,
 KL_i is (1 - lambda_i)^2 times the same number for two models: dual_only then returns 1/2, 1/2 for any pair.
 
-What you should see: WHAT_YOU_SEE
+What you should see: equal weights have a worst KL of 17.8 nats where 10.2 is possible. dual_only finds (0.495, 0.253,
+0.253) on the paper's problem, but stays at (1/2, 1/2) on `pair`, where (0.210, 0.790) is exact; corrected and
+primal_dual are within 0.01 of it. At the exact multipliers of `pair`, DDIM on summed scores has its mean at 0.00
+instead of 0.68; SMC, MALA and unadjusted Langevin are near, the last with 15% too much variance where scores are exact.
 To try: --problem triple --score exact: which methods find the multipliers, and which mean does DDIM give?
 """
 import argparse
