@@ -81,7 +81,8 @@ def test_other_temperatures_are_exponents():
 
     models = [tilted(P, q, b) for P, q, b in zip(curvature, slope, own)]
     optimum = tilted(weights @ curvature, weights @ slope, beta)
-    both = ([m.view(1, 1) for m, _ in models], [v for _, v in models], weights, vector(REFERENCE[0])[None], REFERENCE[1])
+    both = ([m.view(1, 1) for m, _ in models], [v for _, v in models], weights, vector(REFERENCE[0])[None],
+            REFERENCE[1])
     mean, variance, _ = msdda.merge(*both, kl_ratio=own / beta)
     assert max(abs(mean - optimum[0]), abs(variance - optimum[1])) < 1e-12
     mean, variance, _ = msdda.merge(*both)
@@ -186,25 +187,22 @@ def test_merged_kernels_of_other_temperatures():
     assert beta_error(msdda) < 1e-12
 
 
-def test_step_level_value_by_quadrature():
-    """One kernel of `optimal_chain` against the definition: p_ref exp(E_ref[r(x_0) | x_{t-1}] / beta), by moments."""
+def test_optimal_kernels_by_quadrature():
+    """p_ref exp(V / beta) from its definition, by moments on a grid: V = E_ref[r(x_0) | x] and its soft counterpart."""
     reference = msdda.reference_chain(MEAN[:1], VAR[:1], msdda.signal_powers(4))
-    P, q = vector(0.9), vector(1.5)
-    gain, offset, variance = msdda.optimal_chain(reference, (P, q), BETA)
-    soft = msdda.optimal_chain(reference, (P, q), BETA, soft=True)
-    y = torch.linspace(-30, 30, 6001, dtype=torch.float64)
+    P, q, y, x = vector(0.9), vector(1.5), torch.linspace(-30, 30, 6001, dtype=torch.float64), 0.7
+    step, soft = (msdda.optimal_chain(reference, (P, q), BETA, soft=soft) for soft in (False, True))
     for t in range(4):
-        g, s, c = torch.ones(1).double(), torch.zeros(1).double(), torch.zeros(1).double()  # x_0 | x_{t-1} ~ N(g y + c, s)
-        for k in range(t + 1, 4):
-            g, c, s = reference[0][k] * g, reference[0][k] * c + reference[1][k], reference[0][k] ** 2 * s + reference[2][k]
-        m0, v0 = reference[1][t] + 0.7 * reference[0][t], reference[2][t]
-        value = -P * ((g * y + c) ** 2 + s) + q * (g * y + c)
-        shrink = 1 / (1 + 2 * P * s / BETA)  # Gaussian integral of exp((-P x^2 + q x) / beta), times constants
-        value_soft = shrink * (-P * (g * y + c) ** 2 + q * (g * y + c))
-        for V, chain in ((value, (gain, offset, variance)), (value_soft, soft)):
-            p = (log_normal(y, m0, v0) + V / BETA).softmax(0)
+        gain, offset, s = vector(1.0), vector(0.0), vector(0.0)  # x_0 | x_{t-1} = y ~ N(gain y + offset, s)
+        for g, o, v in list(zip(*reference))[t + 1 :]:
+            gain, offset, s = g * gain, g * offset + o, g**2 * s + v
+        m = gain * y + offset
+        value = -P * (m**2 + s) + q * m
+        value_soft = (-P * m**2 + q * m) / (1 + 2 * P * s / BETA)  # of the Gaussian integral, up to a constant
+        for V, chain in ((value, step), (value_soft, soft)):
+            p = (log_normal(y, reference[0][t] * x + reference[1][t], reference[2][t]) + V / BETA).softmax(0)
             mean = (p * y).sum()
-            assert abs(mean - (chain[1][t] + 0.7 * chain[0][t])) < 1e-9
+            assert abs(mean - (chain[0][t] * x + chain[1][t])) < 1e-9
             assert abs((p * (y - mean) ** 2).sum() - chain[2][t]) < 1e-9
 
 
@@ -224,7 +222,7 @@ def test_objectives_are_ordered_and_the_gap_to_the_target_stays():
     for steps in (10, 50, 200):
         reference, _, step = world(msdda, steps)
         soft = msdda.optimal_chain(reference, weigh((0.5, 0.5)), BETA, soft=True)
-        J = [msdda.objective(chain, reference, weigh((0.5, 0.5)), BETA) for chain in (soft, step, reference)]
+        J = [msdda.path_objective(chain, reference, weigh((0.5, 0.5)), BETA) for chain in (soft, step, reference)]
         assert J[0] > J[1] + 0.1 and J[1] > J[2] + 0.1
         P, q = weigh((0.5, 0.5))
         precision = 1 / VAR + 2 * P / BETA
@@ -241,7 +239,7 @@ def test_soft_objective_is_the_log_partition_function():
     soft = msdda.optimal_chain(reference, (P, q), BETA, soft=True)
     grow = 1 + 2 * P * VAR / BETA
     log_z = (-0.5 * grow.log() + 0.5 * q**2 * VAR / (BETA**2 * grow)).sum()
-    assert abs(msdda.objective(soft, reference, (P, q), BETA) - BETA * log_z) < 1e-3
+    assert abs(msdda.path_objective(soft, reference, (P, q), BETA) - BETA * log_z) < 1e-3
 
 
 def test_linear_rewards_make_step_and_trajectory_agree():
@@ -249,23 +247,6 @@ def test_linear_rewards_make_step_and_trajectory_agree():
     reward = (vector(0.0, 0.0), vector(1.3, -0.4))
     step, soft = (msdda.optimal_chain(reference, reward, BETA, soft=soft) for soft in (False, True))
     assert msdda.chain_error(step, soft) < 1e-12
-
-
-MERGE_BUGS = {
-    "reference mass forgotten": ([("rest = 1 - weights.sum()", "rest = 0 * weights.sum()")],
-                                 lambda module: kernel_error(module, (0.7, 0.1))),
-    "reference gets the sum": ([("rest = 1 - weights.sum()", "rest = weights.sum()")],
-                               lambda module: kernel_error(module, (0.7, 0.1))),
-    "not rescaled by beta_i": ([(" * torch.as_tensor(kl_ratio, **kind)", "")], beta_error),
-    "rescaled the wrong way": ([(" * torch.as_tensor(kl_ratio, **kind)", " / torch.as_tensor(kl_ratio, **kind)")], beta_error),
-    "equal variances assumed": ([("mean, variance = (w * means / variances).sum(0) / precision, 1 / precision",
-                                  "mean, variance = (w * means).sum(0), variances[0]")], kernel_error),
-    "means not weighted by precision": ([("(w * means / variances).sum(0) / precision", "(w * means).sum(0)")],
-                                        kernel_error),
-    "variances averaged": ([("/ precision, 1 / precision", "/ precision, (w * variances).sum(0)")], kernel_error),
-    "half the curvature": ([("shrink = 1 / (1 + 2 * P * var / kl_weight)", "shrink = 1 / (1 + P * var / kl_weight)")],
-                           lambda module: 0 * kernel_error(module) + soft_gap(module)),
-}
 
 
 def soft_gap(module):
@@ -276,6 +257,24 @@ def soft_gap(module):
     soft = module.optimal_chain(reference, (P, q), BETA, soft=True)
     gap = module.gaussian_kl((MEAN / VAR + q / BETA) / precision, 1 / precision, *module.terminal(soft))
     return 0.0 if gap < 1e-4 else gap
+
+
+MERGE_BUGS = {
+    "reference mass forgotten": ([("rest = 1 - weights.sum()", "rest = 0 * weights.sum()")],
+                                 lambda module: kernel_error(module, (0.7, 0.1))),
+    "reference gets the sum": ([("rest = 1 - weights.sum()", "rest = weights.sum()")],
+                               lambda module: kernel_error(module, (0.7, 0.1))),
+    "not rescaled by beta_i": ([(" * torch.as_tensor(kl_ratio, **kind)", "")], beta_error),
+    "rescaled the wrong way": ([(" * torch.as_tensor(kl_ratio, **kind)", " / torch.as_tensor(kl_ratio, **kind)")],
+                               beta_error),
+    "equal variances assumed": ([("mean, variance = (w * means / variances).sum(0) / precision, 1 / precision",
+                                  "mean, variance = (w * means).sum(0), variances[0]")], kernel_error),
+    "means not weighted by precision": ([("(w * means / variances).sum(0) / precision", "(w * means).sum(0)")],
+                                        kernel_error),
+    "variances averaged": ([("/ precision, 1 / precision", "/ precision, (w * variances).sum(0)")], kernel_error),
+    "half the curvature": ([("shrink = 1 / (1 + 2 * P * var / kl_weight)", "shrink = 1 / (1 + P * var / kl_weight)")],
+                           soft_gap),
+}
 
 
 @pytest.mark.parametrize("bug", MERGE_BUGS)
@@ -291,8 +290,8 @@ def test_planted_bug_of_the_merge_is_caught(bug):
 class Chain:
     """Six steps on Gaussian data N(m, s^2 I) and models tuned to -a_i |x - c_i|^2, whose kernels are Gaussian.
 
-    The product of the path laws is a Gaussian in (x_T, ..., x_0), each coordinate by itself: Z and the law of x_0 follow
-    from its precision matrix, with kernels from the conditioning of joint Gaussians.
+    The product of the path laws is a Gaussian in (x_T, ..., x_0), each coordinate by itself: Z and the law of x_0
+    follow from its precision matrix, with kernels from the conditioning of joint Gaussians.
     """
 
     abar = [1e-6, 0.1, 0.35, 0.6, 0.8, 0.93, 1.0]
@@ -423,7 +422,8 @@ def test_planted_bug_of_the_weights_is_caught(bug):
 
 def test_error_falls_with_the_square_root_of_particles():
     chain, sizes = Chain((0.5, 0.5)), [16, 64, 256, 1024]
-    error = [((chain.run(msdda, 4, particles=n)["log_z"] - chain.log_z).exp() - 1).square().mean().sqrt() for n in sizes]
+    outs = [chain.run(msdda, 4, particles=n) for n in sizes]
+    error = [((out["log_z"] - chain.log_z).exp() - 1).square().mean().sqrt() for out in outs]
     slope = (torch.stack(error).log().diff() / torch.tensor(sizes).log().diff()).mean()
     assert -0.65 < slope < -0.35
 
@@ -465,7 +465,7 @@ def test_look_gives_the_posterior_variance():
         for x in (vector(0.4, 1.1), vector(2.0, 1.8)):
             posterior = (prior - ((x - abar**0.5 * x0) ** 2).sum(1) / (2 * (1 - abar))).softmax(0)
             mean = posterior @ x0
-            x0_hat, eps, spread = msdda.look(mixture.predict_noise, x[None], abar, abar)
+            x0_hat, eps, spread = msdda.tweedie_moments(mixture.predict_noise, x[None], abar, abar)
             assert (x0_hat[0] - mean).abs().max() < 1e-8
             assert (x[None] - abar**0.5 * x0_hat - (1 - abar) ** 0.5 * eps).abs().max() < 1e-10
             assert abs(spread.item() - (posterior @ (x0 - mean) ** 2).mean()) < 1e-8
@@ -474,10 +474,11 @@ def test_look_gives_the_posterior_variance():
 def test_sliced_distance_of_gaussians():
     """W_2^2 = (m - m')^2 + (s - s')^2 along every direction."""
     eye = torch.eye(2, dtype=torch.float64)[None]
-    one, other = (msdda.GaussianMixture(vector(1.0), vector(m, 0.0)[None], v * eye) for m, v in ((0.0, 1.0), (0.7, 2.25)))
+    laws = ((0.0, 1.0), (0.7, 2.25))
+    one, other = (msdda.GaussianMixture(vector(1.0), vector(m, 0.0)[None], v * eye) for m, v in laws)
     angle = torch.arange(32).double() * math.pi / 32
     directions = torch.stack([angle.cos(), angle.sin()], 1)
-    a, b = (msdda.quantiles(mixture, 200_000, directions) for mixture in (one, other))
+    a, b = (msdda.projected_quantiles(mixture, 200_000, directions) for mixture in (one, other))
     assert abs((a - b).pow(2).mean() - (0.49 / 2 + 0.25)) < 1e-3
     assert msdda.sliced_w2(other.sample(200_000, generator(0)), b, directions) < 0.01
     assert abs(msdda.sliced_w2(one.sample(200_000, generator(0)), b, directions) - 0.495**0.5) < 0.01
@@ -504,11 +505,10 @@ def test_soups():
 
 
 def test_switch_asks_each_model_for_its_share():
-    calls = [[], []]
-    models = [msdda.counted(lambda x, t, k=k: torch.full_like(x, k), calls[k]) for k in (0, 1)]
+    models = [msdda.Counted(lambda x, t, k=k: torch.full_like(x, k)) for k in (0, 1)]
     eps = msdda.switch(models, [0.2, 0.8], generator(0))(torch.zeros(20_000, 2), 0)
-    assert sum(calls[0]) + sum(calls[1]) == 20_000 and eps[:, 0].sum() == sum(calls[1])
-    assert abs(sum(calls[1]) / 20_000 - 0.8) < 5 * (0.16 / 20_000) ** 0.5
+    assert models[0].calls + models[1].calls == 20_000 and eps[:, 0].sum() == models[1].calls
+    assert abs(models[1].calls / 20_000 - 0.8) < 5 * (0.16 / 20_000) ** 0.5
 
 
 @pytest.fixture(scope="module")

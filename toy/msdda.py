@@ -68,7 +68,7 @@ SCHEMES = ("systematic", "stratified", "multinomial", "residual", "ssp")
 def parse_args(argv=None):
     parser = common_parser(__doc__)
     parser.add_argument("--score", nargs="+", choices=["exact", "mlp"], default=["exact", "mlp"])
-    parser.add_argument("--weights", nargs="+", type=pair, help="pairs like 0.5,0.5: a weight for each reward")
+    parser.add_argument("--weights", nargs="+", type=weight_pair, help="pairs like 0.5,0.5: a weight for each reward")
     parser.add_argument("--samples", type=positive(int), help="samples of each method")
     parser.add_argument("--particles", type=positive(int), help="particles in a group of the weighted merge")
     parser.add_argument("--steps", type=positive(int), help="sampling steps, at most 150")
@@ -91,7 +91,7 @@ def parse_args(argv=None):
     return args
 
 
-def pair(text):
+def weight_pair(text):
     """An argparse type: two finite numbers, "0.5,0.5"."""
     values = tuple(float(v) for v in text.split(","))
     if len(values) != 2 or not all(map(math.isfinite, values)):
@@ -168,7 +168,8 @@ def pareto_problem(kl_weight, device):
     eye = torch.eye(2).to(angle)
     means = 3 * torch.stack([angle.cos(), angle.sin()], 1)
     data = GaussianMixture(torch.full_like(angle, 1 / 8), means, 0.36**2 * eye.expand(8, 2, 2))
-    curvatures = torch.stack([0.5 * eye, torch.tensor([0.15, 0.6], dtype=torch.float64, device=device).diag()])  # (2, 2, 2)
+    uneven = torch.tensor([0.15, 0.6], dtype=torch.float64, device=device)
+    curvatures = torch.stack([0.5 * eye, uneven.diag()])  # (2, 2, 2)
     centers = torch.tensor([[4.0, 0.0], [0.0, 4.0]]).to(angle)
 
     def rewards(x):
@@ -177,7 +178,8 @@ def pareto_problem(kl_weight, device):
 
     def target(weights):
         w = torch.tensor(weights, dtype=torch.float64, device=device)
-        curvature, slope = torch.einsum("r,rde->de", w, curvatures), torch.einsum("r,rde,re->d", w, curvatures, centers)
+        curvature = torch.einsum("r,rde->de", w, curvatures)
+        slope = torch.einsum("r,rde,re->d", w, curvatures, centers)
         precision = torch.linalg.inv(data.covs[0]) + 2 * curvature / kl_weight
         if torch.linalg.eigvalsh(precision)[0] <= 0 or torch.linalg.det(curvature).abs() < 1e-9:
             fail(f"There is no target at weights {weights}: its density would not be normalisable, or flat.")
@@ -237,7 +239,7 @@ def merge(means, variances, weights, mean_ref=None, variance_ref=None, kl_ratio=
     return mean, variance, log_c.flatten(1).sum(1) / 2
 
 
-def look(predict_noise, x, t, abar):
+def tweedie_moments(predict_noise, x, t, abar):
     """x0_hat and eps (N, ...) of a model at x, and Var(x_0 | x_t), the mean over dimensions, (N, 1, ..., 1).
 
     Cov(x_0 | x_t) = (1 - abar) / sqrt(abar) d x0_hat / d x (Tweedie, second order); its trace takes a backward pass a
@@ -286,7 +288,8 @@ def msdda(models, weights, x, timesteps, abar, rng, reference=None, kl_ratio=1.0
             state["log_w"] = torch.where(due[:, None], 0, log_w).flatten()
             log_z = log_z + torch.where(due, log_mean_exp(log_w), 0)
         history.append(due.double().mean().item())
-        kernels = [reverse_kernel(*look(model, state["x"], t, abar[i]), abar[i], abar[i + 1]) for model in everyone]
+        moments = [tweedie_moments(model, state["x"], t, abar[i]) for model in everyone]
+        kernels = [reverse_kernel(*m, abar[i], abar[i + 1]) for m in moments]
         means, variances = zip(*kernels[: len(models)])
         mean, variance, log_c = merge(means, variances, weights, *(kernels[-1] if reference else ()), kl_ratio=kl_ratio)
         z = torch.randn(mean.shape, generator=rng, device=x.device, dtype=mean.dtype)
@@ -359,7 +362,7 @@ def adapted(net, deltas):
     return lambda x, abar: torch.func.functional_call(net, weights, (x, abar))
 
 
-def tune(net, problem, target, args, rng, batch=2048, lr=8e-3):
+def tune_lora(net, problem, target, args, rng, batch=2048, lr=8e-3):
     """LoRA of a tuned model, [(up, down), ...] a layer: regression on the exact noise prediction of `target`.
 
     At points of the target's own law and of the pretrained one. A model that has seen its own samples alone (--tune-on
@@ -453,7 +456,7 @@ def gaussian_kl(mean, var, mean_other, var_other):
     return 0.5 * ((var + (mean - mean_other) ** 2) / var_other - 1 + (var_other / var).log()).sum().item()
 
 
-def objective(chain, reference, reward, kl_weight):
+def path_objective(chain, reference, reward, kl_weight):
     """E[r(x_0)] - kl_weight KL(path || reference path): what RL on trajectories maximises."""
     mean, var, kl = torch.zeros_like(chain[0][0]), torch.ones_like(chain[0][0]), 0.0
     for gain, offset, v, gain_ref, offset_ref, v_ref in zip(*chain, *reference):
@@ -487,7 +490,7 @@ def gaussian_world():
                 add("kernel_error", chain_error(chain, step), 0.0)
                 add("kl", gaussian_kl(*terminal(chain), *terminal(step)), 0.0)
             add("kl_of_target", gaussian_kl(*target, *terminal(chain)))
-            add("objective", objective(chain, reference, (P, q), kl_weight))
+            add("objective", path_objective(chain, reference, (P, q), kl_weight))
     off, ratio = (0.7, 0.1), make(0.5, 1.4) / kl_weight  # weights off the simplex; temperatures 0.5 and 1.4
     other = [optimal_chain(reference, r, b) for r, b in zip(rewards, (0.5, 1.4))]
     extra = {"off_simplex": (merged_chain(single, off, reference), optimal_chain(reference, weigh(off), kl_weight)),
@@ -501,17 +504,18 @@ def gaussian_world():
 # ---- the ring: methods and measures ----------------------------------------------------------------------------------
 
 
-def counted(model, calls):
-    """The model, and len(x) appended to calls whenever it is asked."""
+class Counted:
+    """A noise prediction (x, abar) that counts the points it is asked for."""
 
-    def predict_noise(x, t):
-        calls.append(len(x))
-        return model(x, t)
+    def __init__(self, predict):
+        self.predict, self.calls = predict, 0
 
-    return predict_noise
+    def __call__(self, x, abar):
+        self.calls += len(x)
+        return self.predict(x, abar)
 
 
-def tag(weights):
+def weights_tag(weights):
     """A pair of weights as a word for numbers.json: (1.2, -0.2) -> w120_m20."""
     return "w" + "_".join(f"{'m' * (w < 0)}{abs(100 * w):g}".replace(".", "p") for w in weights)
 
@@ -526,19 +530,23 @@ def ring_world(problem, score, args, rng):
         settings = dict(problem="ring", steps=args.train_steps, seed=args.seed)
         net = cached_denoiser(args.out / "cache", settings, problem.data.sample, noise_levels(), rng.device)
     corners = [(1.0, 0.0), (0.0, 1.0)]
-    loras = {w: tune(net, problem, problem.target(w)[0], args, rng)
+    loras = {w: tune_lora(net, problem, problem.target(w)[0], args, rng)
              for w in dict.fromkeys([*corners, *args.weights]) if net is not None}
-    calls = []
+    asked = []
 
-    def tuned(weights, average="product", of=None):
-        """The model tuned for these weights; `of` models: their soup."""
-        mixture = problem.target(weights)[0]
+    def counted(model):
+        asked.append(Counted(model))
+        return asked[-1]
+
+    def tuned(weights):
         if net is None:
-            return counted(mixture.predict_noise, calls)
-        parts, shares = ([loras[w] for w in of], weights) if of else ([loras[weights]], [1.0])
-        return counted(soup(net, parts, shares, average), calls)
+            return counted(problem.target(weights)[0].predict_noise)
+        return counted(soup(net, [loras[weights]], [1.0], "product"))
 
-    reference = counted(net or problem.data.predict_noise, calls)
+    def souped(weights, average):
+        return counted(soup(net, [loras[corner] for corner in corners], weights, average))
+
+    reference = counted(net or problem.data.predict_noise)
     models = [tuned(w) for w in corners]
     for done, weights in enumerate(args.weights):
         (mixture, _), w, rest = problem.target(weights), torch.tensor(weights, device=rng.device), 1 - sum(weights)
@@ -559,8 +567,8 @@ def ring_world(problem, score, args, rng):
             "pretrained": lambda x: base or dict(x=ancestral(reference, x, **grid)),
             "rgg": lambda x: ancestral(reference, x, pull=pull, **grid),
             "code": lambda x: ancestral(reference, x, score=reward, **grid),
-            "soup_factor": lambda x: ancestral(tuned(weights, "factor", corners), x, **grid),
-            "soup": lambda x: ancestral(tuned(weights, "product", corners), x, **grid),
+            "soup_factor": lambda x: ancestral(souped(weights, "factor"), x, **grid),
+            "soup": lambda x: ancestral(souped(weights, "product"), x, **grid),
             "switch": lambda x: ancestral(switch(needed, [*weights, rest][: len(needed)], rng), x, **grid),
             "blend": lambda x: ancestral(blend(needed, [*weights, rest]), x, **grid),
             "msdda": lambda x: msdda(models, weights, x, **merged),
@@ -574,10 +582,11 @@ def ring_world(problem, score, args, rng):
         base = next(iter(results.values()), {}).get("pretrained")  # the same at all weights
         results[weights] = {}
         for name, method in methods.items():
-            start, before = time.perf_counter(), sum(calls)
+            start, before = time.perf_counter(), sum(model.calls for model in asked)
             out = method(torch.randn(n, 2, generator=rng, device=rng.device))
             out = dict(out) if isinstance(out, dict) else dict(x=out)
-            out.update(calls=sum(calls) - before, seconds=time.perf_counter() - start, groups=n)
+            calls = sum(model.calls for model in asked) - before
+            out.update(calls=calls, seconds=time.perf_counter() - start, groups=n)
             if name == "msdda_smc":
                 drawn = resample(out["log_w"], "systematic", rng)
                 first_slot = torch.arange(len(drawn), device=rng.device)[:, None] * args.particles
@@ -587,7 +596,7 @@ def ring_world(problem, score, args, rng):
     return results
 
 
-def quantiles(mixture, n, directions):
+def projected_quantiles(mixture, n, directions):
     """Quantiles (i + 1/2) / n of a mixture's projections on directions (D, d) -> (n, D), from their exact cdf."""
     mean = mixture.means @ directions.T  # (K, D)
     std = torch.einsum("de,kef,df->kd", directions, mixture.covs, directions).sqrt()
@@ -611,15 +620,15 @@ def measure_ring(problem, score, results, args, rng, repeats=10):
     """Rows of E[r_1], E[r_2], log Z and the sliced W2 from the exact target, whose `exact` is the noise floor."""
     angle = torch.arange(32, dtype=torch.float64, device=rng.device) * math.pi / 32
     directions, rows, cost = torch.stack([angle.cos(), angle.sin()], 1), [], {}
-    _, *log_zs = (problem.target(w)[1] for w in ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0)))
+    log_zs = [problem.target(corner)[1] for corner in ((1.0, 0.0), (0.0, 1.0))]
     for weights, outs in results.items():
         mixture, log_z = problem.target(weights)
-        exact = quantiles(mixture, args.samples, directions)
+        exact = projected_quantiles(mixture, args.samples, directions)
         floor = torch.tensor([sliced_w2(mixture.sample(args.samples, rng), exact, directions) for _ in range(repeats)])
         for method, out in outs.items():
 
             def add(key, *numbers):
-                rows.append(row(f"{method}.{score}.{key}_{tag(weights)}", *numbers))
+                rows.append(row(f"{method}.{score}.{key}_{weights_tag(weights)}", *numbers))
 
             r = problem.rewards(out["x"]).view(out["groups"], -1, 2).mean(1)  # (G, 2)
             for k, mean in enumerate(problem.mean_rewards(mixture)):
@@ -708,7 +717,7 @@ def draw_ring(path, problem, rows, results, args):
         ax.contour(span, span, log_p, [-9, -6, -3], colors="black", linewidths=0.4, linestyles="solid")
         color = STYLES[name][1] if name in STYLES else "#555555"
         ax.scatter(*x.T, s=2, c=color, alpha=0.5, linewidths=0)
-        ax.set_title(f"{titles[name]}\nSW$_2$ {value[f'{name}.{score}.sw2_{tag(middle)}']:.3f}", fontsize=8)
+        ax.set_title(f"{titles[name]}\nSW$_2$ {value[f'{name}.{score}.sw2_{weights_tag(middle)}']:.3f}", fontsize=8)
         ax.set(xticks=[], yticks=[], aspect="equal", xlim=(-5, 5), ylim=(-5, 5))
     sweep = [(k / 50, 1 - k / 50) for k in range(51)]
     front = torch.tensor([problem.mean_rewards(problem.target(w)[0]) for w in sweep])
@@ -719,14 +728,15 @@ def draw_ring(path, problem, rows, results, args):
             known = [w for w in args.weights if name in results[score][w]]
             if not known:
                 continue
-            points = torch.tensor([[value[f"{name}.{score}.reward_{k}_{tag(w)}"] for k in (1, 2)] for w in known])
+            points = [[value[f"{name}.{score}.reward_{k}_{weights_tag(w)}"] for k in (1, 2)] for w in known]
+            points = torch.tensor(points)
             simplex = torch.tensor([abs(sum(w) - 1) < 1e-6 and min(w) >= 0 for w in known])
             left.plot(*points[simplex].T, marker + "-", color=color, markersize=5, linewidth=0.8, label=label)
             left.plot(*points[~simplex].T, marker, color=color, markersize=5, fillstyle="none")
             at = [args.weights.index(w) for w in known]
-            errors = [value[f"{name}.{score}.sw2_{tag(w)}"] for w in known]
+            errors = [value[f"{name}.{score}.sw2_{weights_tag(w)}"] for w in known]
             right.plot(at, errors, marker + "-", color=color, markersize=5, linewidth=0.8, label=label)
-        floors = [value[f"target.{score}.sw2_{tag(w)}"] for w in args.weights]
+        floors = [value[f"target.{score}.sw2_{weights_tag(w)}"] for w in args.weights]
         right.plot(range(len(floors)), floors, ":", color="black", label="noise floor")
         for w in args.weights:
             if abs(sum(w) - 1) > 1e-6 or min(w) < 0:
@@ -1060,7 +1070,7 @@ def main(args):
     print_table(rows, "gaussian", ["kl_of_target_t5", "kl_of_target_t50", "kl_of_target_t500", "objective_t50"])
     for score in args.score:
         for key in ("reward_1", "reward_2", "sw2", "log_z"):
-            print_table(rows, score, [f"{key}_{tag(w)}" for w in args.weights])
+            print_table(rows, score, [f"{key}_{weights_tag(w)}" for w in args.weights])
         print_table(rows, score, ["network_evaluations", "seconds"])
     return numbers
 
