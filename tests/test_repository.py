@@ -27,14 +27,15 @@ RESAMPLING = {"effective_sample_size", "log_mean_exp", "resample", "invert_cdf",
 MULTIPLIERS = {"make_grid", "project_to_simplex", "dual_update"}
 KL = {"log_snr_levels", "multistep_kernel", "ddim_kernel", "Counted"}
 SHARED = {  # script -> names whose text it shares with every other script that is listed with them
-    "toy/das.py": FILES | NETWORK | SAMPLER | MEASURES | {"GaussianMixture"},
+    "toy/das.py": FILES | NETWORK | SAMPLER | MEASURES | {"GaussianMixture", "save_figure"},
     "toy/and_composition.py": FILES | NETWORK | RESAMPLING | MULTIPLIERS | KL
     | {"GaussianMixture", "maximise_dual", "pathwise_kl", "pointwise_kl", "cross_entropy", "log_snr_rule", "mean_and_se",
-       "emd", "emd_to_target", "summed", "sample_ddim"},
+       "emd", "emd_to_target", "summed", "sample_ddim", "save_figure"},
     "toy/or_composition.py": FILES | NETWORK | MULTIPLIERS | KL
-    | {"GaussianMixture", "pointwise_kl", "cross_entropy", "log_snr_rule", "mode_masses", "summed", "sample_ddim"},
+    | {"GaussianMixture", "pointwise_kl", "cross_entropy", "log_snr_rule", "mode_masses", "summed", "sample_ddim",
+       "save_figure"},
     "toy/constrained_alignment.py": FILES | NETWORK | MULTIPLIERS | KL
-    | {"GaussianMixture", "maximise_dual", "pathwise_kl", "mean_and_se"},
+    | {"GaussianMixture", "maximise_dual", "pathwise_kl", "mean_and_se", "save_figure"},
 }
 
 

@@ -42,6 +42,7 @@ import argparse
 import concurrent.futures
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -57,6 +58,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from PIL import Image
 from scipy.optimize import linear_sum_assignment, minimize
 from scipy.spatial.distance import cdist
 
@@ -633,8 +635,7 @@ def draw_panels(path, problems, results):
             ax.contour(x, y, p, [p.max() * v for v in (0.01, 0.1, 0.6)], colors="black", linewidths=0.6)
             ax.set(xticks=[], yticks=[], aspect="equal", xlim=(-2.5, 2.5), ylim=(-1.8, 1.8))
     figure.tight_layout()
-    write_atomically(path, lambda part: figure.savefig(part, dpi=100))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_duals(path, problems, results):
@@ -674,8 +675,7 @@ def draw_duals(path, problems, results):
             line[1].axis("off")
         line[1].set_title("dual function on the simplex, star: exact", fontsize=9)
     figure.tight_layout()
-    write_atomically(path, lambda part: figure.savefig(part, dpi=100))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_lemmas(path, rows):
@@ -696,8 +696,7 @@ def draw_lemmas(path, rows):
         ax.title.set_fontsize(9)
     axes[0].legend(fontsize=7)
     figure.tight_layout()
-    write_atomically(path, lambda part: figure.savefig(part, dpi=100))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 # ---- shared: the sampler's parts, the network ------------------------------------------------------------------------
@@ -927,6 +926,15 @@ def write_atomically(path, write):
     part = path.with_name(f"part-{path.name}")  # the suffix stays, matplotlib reads the format from it
     write(part)
     os.replace(part, path)
+
+
+def save_figure(figure, path, dpi=100):
+    """Write a figure as a PNG with a palette of 128 colours, which is a third of the size, and close it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi)
+    plt.close(figure)
+    picture = Image.open(buffer).convert("RGB").quantize(128)
+    write_atomically(path, lambda part: picture.save(part, optimize=True))
 
 
 def row(name, estimate, se=None, exact=None, reference=None):

@@ -35,6 +35,7 @@ import argparse
 import concurrent.futures
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -50,6 +51,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch.nn.functional import one_hot
@@ -594,8 +596,7 @@ def draw_panels(path, problems, rows, results, rng):
             ax.set(xticks=[], yticks=[], aspect="equal", xlim=(span[0], span[-1]), ylim=(span[0], span[-1]))
         line[0].set_ylabel(problem.name)
     figure.tight_layout()
-    write_atomically(path, lambda part: figure.savefig(part, dpi=100))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_convergence(path, rows, reference):
@@ -623,8 +624,7 @@ def draw_convergence(path, rows, reference):
     axes[0].legend(fontsize=8)
     figure.suptitle("gmm2, exact score: more particles help only where the twist follows its particle", fontsize=10)
     figure.tight_layout()
-    write_atomically(path, lambda part: figure.savefig(part, dpi=100))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 # ---- shared: the network ---------------------------------------------------------------------------------------------
@@ -779,6 +779,15 @@ def write_atomically(path, write):
     part = path.with_name(f"part-{path.name}")  # the suffix stays, matplotlib reads the format from it
     write(part)
     os.replace(part, path)
+
+
+def save_figure(figure, path, dpi=100):
+    """Write a figure as a PNG with a palette of 128 colours, which is a third of the size, and close it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi)
+    plt.close(figure)
+    picture = Image.open(buffer).convert("RGB").quantize(128)
+    write_atomically(path, lambda part: picture.save(part, optimize=True))
 
 
 def row(name, estimate, se=None, exact=None, reference=None):
