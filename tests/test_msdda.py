@@ -271,7 +271,8 @@ MERGE_BUGS = {
                                   "mean, variance = (w * means).sum(0), variances[0]")], kernel_error),
     "means not weighted by precision": ([("(w * means / variances).sum(0) / precision", "(w * means).sum(0)")],
                                         kernel_error),
-    "variances averaged": ([("/ precision, 1 / precision", "/ precision, (w * variances).sum(0)")], kernel_error),
+    "variances averaged": ([("sum(0) / precision, 1 / precision", "sum(0) / precision, (w * variances).sum(0)")],
+                           kernel_error),
     "half the curvature": ([("shrink = 1 / (1 + 2 * P * var / kl_weight)", "shrink = 1 / (1 + P * var / kl_weight)")],
                            soft_gap),
 }
@@ -384,7 +385,7 @@ def test_unweighted_merge_is_biased():
     chain = Chain((0.5, 0.5))
     out = chain.run(msdda, 0, ess=0.0)
     out["log_w"], out["log_z"] = 0 * out["log_w"], 0 * out["log_z"] + chain.log_z
-    assert max(map(abs, chain.z_scores(out))) > 5
+    assert max(map(abs, chain.z_scores(out)[1:])) > 5
 
 
 SMC_BUGS = {
@@ -492,7 +493,7 @@ def test_soups():
                      torch.randn(2, k, generator=rng, dtype=torch.float64)) for n, k in shapes]
     one, other, zero = make(), make(), [(torch.zeros(n, 2).double(), torch.zeros(2, k).double()) for n, k in shapes]
     seen = []
-    planted_module = planted("toy/msdda.py", ("    return adapted(net, deltas)\n", "    return deltas\n"))
+    planted_module = planted("toy/msdda.py", ("    return with_lora(net, deltas)\n", "    return deltas\n"))
     for average in ("product", "factor"):
         deltas = planted_module.soup(net, [one, other], [0.3, 0.7], average)
         (u, d), (v, e) = one[0], other[0]

@@ -36,6 +36,9 @@ SHARED = {  # script -> names whose text it shares with every other script that 
        "save_figure"},
     "toy/constrained_alignment.py": FILES | NETWORK | MULTIPLIERS | KL
     | {"GaussianMixture", "maximise_dual", "pathwise_kl", "mean_and_se", "save_figure"},
+    "toy/msdda.py": FILES | NETWORK | RESAMPLING
+    | {"GaussianMixture", "Counted", "gather", "per_particle", "ddim_kernel", "mean_and_se", "log_mean_and_se",
+       "save_figure"},
 }
 
 

@@ -38,6 +38,7 @@ To try: --weights 0.5,0.5 1,1 2,2 (stronger than any model was tuned), --kl-weig
 import argparse
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -53,6 +54,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from PIL import Image
 
 PRESETS = {  # what the size flags default to
     "quick": dict(samples=1000, particles=500, steps=20, train_steps=300, tune_steps=100, weights=[(0.5, 0.5)]),
@@ -352,10 +354,10 @@ def soup(net, factors, weights, average):
         else:  # as scripts do that average checkpoints: up_1 down_2 appears, and up_i down_i only with w_i^2
             ups, downs = zip(*layer)
             deltas.append(sum(w * v for w, v in zip(weights, ups)) @ sum(w * v for w, v in zip(weights, downs)))
-    return adapted(net, deltas)
+    return with_lora(net, deltas)
 
 
-def adapted(net, deltas):
+def with_lora(net, deltas):
     """net with deltas added to the weights of its layers -> function (x, abar) -> eps."""
     names = [name for name, _ in net.named_parameters() if name.endswith("weight")]
     weights = {name: net.get_parameter(name) + delta for name, delta in zip(names, deltas)}
@@ -383,7 +385,7 @@ def tune_lora(net, problem, target, args, rng, batch=2048, lr=8e-3):
         x.requires_grad_()
         eps = -(1 - level).sqrt() * torch.autograd.grad(target.log_prob(x, level[:, :, None]).sum(), x)[0]
         x = x.detach()
-        error = adapted(net, [u @ d for u, d in zip(up, down)])(x, level) - eps
+        error = with_lora(net, [u @ d for u, d in zip(up, down)])(x, level) - eps
         loss = ((error / net.normalise(x, level)[1]) ** 2).mean()  # in terms of the velocity
         optimizer.zero_grad()
         loss.backward()
@@ -694,8 +696,7 @@ def draw_gaussian(path, rows, curves):
     axes[2].set(title=f"one-sigma ellipses at T = {steps[0]}", aspect="equal", xlim=(-1.2, 2.3), ylim=(-1.2, 2.7))
     axes[2].legend(fontsize=8, loc="upper left", ncols=2)
     figure.tight_layout()
-    write_atomically(path, lambda part: figure.savefig(part, dpi=100))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_ring(path, problem, rows, results, args):
@@ -752,8 +753,7 @@ def draw_ring(path, problem, rows, results, args):
         right.set(yscale="log", title="sliced W$_2$ to the exact target", xlabel="weights of the rewards")
         right.set_xticks(range(len(args.weights)), [f"{w[0]:g}, {w[1]:g}" for w in args.weights])
         left.legend(fontsize=7, loc="lower left")
-    write_atomically(path, lambda part: figure.savefig(part, dpi=100))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 # ---- shared: the sampler ---------------------------------------------------------------------------------------------
@@ -1006,6 +1006,15 @@ def write_atomically(path, write):
     part = path.with_name(f"part-{path.name}")  # the suffix stays, matplotlib reads the format from it
     write(part)
     os.replace(part, path)
+
+
+def save_figure(figure, path, dpi=100):
+    """Write a figure as a PNG with a palette of 128 colours, which is a third of the size, and close it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi)
+    plt.close(figure)
+    picture = Image.open(buffer).convert("RGB").quantize(128)
+    write_atomically(path, lambda part: picture.save(part, optimize=True))
 
 
 def row(name, estimate, se=None, exact=None, reference=None):
