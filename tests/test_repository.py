@@ -39,6 +39,7 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     "toy/msdda.py": FILES | NETWORK | RESAMPLING
     | {"GaussianMixture", "Counted", "gather", "per_particle", "ddim_kernel", "mean_and_se", "log_mean_and_se",
        "save_figure"},
+    "dna/prepare_data.py": {"fail", "write_atomically"},
 }
 
 
