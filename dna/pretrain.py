@@ -42,6 +42,7 @@ import csv
 import gzip
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -59,6 +60,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from PIL import Image
 from torch.nn.functional import binary_cross_entropy_with_logits, conv1d, cross_entropy, mse_loss, one_hot, silu
 
 MASK = 4  # the token after A, C, G, T
@@ -725,23 +727,26 @@ def dna_world(name, data, checkpoints, device):
     name is "mpsa", "hepg2" or "data" (then `data` is its table). denoiser: tokens x (n, L) -> log_p (n, L, 4), exact
     for mpsa; network: the same as a MaskedDenoiser. reward and held_out: x (n, L), or letter probabilities (n, L, 4)
     -> (n,); accessible: x -> probability of being open in HepG2 (n,), or None. elements or law: the data behind them.
+    oracle_a, oracle_b and classifier are the networks behind the rewards, with a score for every cell type, or None.
     """
     network = load_network(checkpoints / f"{name}_base.safetensors", device)[0]
     if name == "mpsa":
         law = splice_law(device)
         reward, held_out = (TableReward(value) for value in law.rewards)
         return types.SimpleNamespace(name=name, length=9, denoiser=ExactDenoiser(law.p), network=network, reward=reward,
-                                     held_out=held_out, accessible=None, elements=None, law=law)
+                                     held_out=held_out, accessible=None, elements=None, law=law, oracle_a=None,
+                                     oracle_b=None, classifier=None)
     elements = read_elements(data, device)
     a, b = (load_network(checkpoints / f"{name}_oracle_{k}.safetensors", device)[0] for k in "ab")
-    accessible = None
+    classifier = accessible = None
     if elements.codes.shape[1] == 200:  # the classifier comes from this folder's elements, whatever the data
         folder = checkpoints if name == "hepg2" else pathlib.Path(__file__).parent / "checkpoints"
         classifier = load_network(folder / "hepg2_accessibility.safetensors", device)[0]
         accessible = lambda x: classifier.score(x, "hepg2").sigmoid()
     return types.SimpleNamespace(name=name, length=elements.codes.shape[1], denoiser=network, network=network,
                                  reward=lambda x: a.score(x, "hepg2"), held_out=lambda x: b.score(x, "hepg2"),
-                                 accessible=accessible, elements=elements, law=None)
+                                 accessible=accessible, elements=elements, law=None, oracle_a=a, oracle_b=b,
+                                 classifier=classifier)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -908,8 +913,7 @@ def draw_elements(path, world, rows, shown, rng):
     axes[3].set(ylabel="share of elements with the motif")
     axes[3].legend(fontsize=7)
     figure.tight_layout()
-    write_atomically(path, lambda part: figure.savefig(part, dpi=100))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_splice(path, world, rows, shown):
@@ -937,8 +941,7 @@ def draw_splice(path, world, rows, shown):
     axes[2].set(xscale="log", xlabel="sampling steps, exact denoiser", ylabel="mean of -log p(sample), nats")
     axes[2].legend(fontsize=8)
     figure.tight_layout()
-    write_atomically(path, lambda part: figure.savefig(part, dpi=100))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 # ---- shared: command line and files ----------------------------------------------------------------------------------
@@ -1007,6 +1010,15 @@ def write_atomically(path, write):
     part = path.with_name(f"part-{path.name}")  # the suffix stays, matplotlib reads the format from it
     write(part)
     os.replace(part, path)
+
+
+def save_figure(figure, path, dpi=100):
+    """Write a figure as a PNG with a palette of 128 colours, which is a third of the size, and close it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi)
+    plt.close(figure)
+    picture = Image.open(buffer).convert("RGB").quantize(128)
+    write_atomically(path, lambda part: picture.save(part, optimize=True))
 
 
 def row(name, estimate, se=None, exact=None, reference=None):
