@@ -15,7 +15,7 @@ SCRIPTS = sorted(str(p.relative_to(REPOSITORY)) for d in ("toy", "sd", "dna") fo
 
 OWN = {"main", "parse_args"}  # names that every script defines for itself
 WORLD = {"make_problem", "run_methods", "measure", "draw_panels", "draw_duals", "dual_function",
-         "primal_dual"}  # and names that may mean another thing in each
+         "primal_dual", "diversity"}  # and names that may mean another thing in each
 
 FILES = {"common_parser", "device", "results_folder", "positive", "fail", "progress", "write_atomically", "row",
          "write_numbers", "print_table"}
@@ -26,6 +26,10 @@ MEASURES = {"mean_and_se", "log_mean_and_se", "tilted_mean_and_se", "emd", "emd_
 RESAMPLING = {"effective_sample_size", "log_mean_exp", "resample", "invert_cdf", "pivotal"}
 MULTIPLIERS = {"make_grid", "project_to_simplex", "dual_update"}
 KL = {"log_snr_levels", "multistep_kernel", "ddim_kernel", "Counted"}
+PIPELINE = {"load_pipeline", "load_clip", "in_chunks", "tokenize", "encode_prompts", "noise_predictor", "image_decoder",
+            "images_in_range", "clip_text", "clip_images", "ddim_schedule", "ddim_sample", "ddim_kernel"}
+REWARDS = {"model_flags", "Joined", "prompt_list", "weighted_name", "load_world", "load_adapter", "load_rewards",
+           "jpeg_reward", "saturation_reward", "contrast_reward", "clip_reward", "aesthetic_reward"}
 SHARED = {  # script -> names whose text it shares with every other script that is listed with them
     "toy/das.py": FILES | NETWORK | SAMPLER | MEASURES | {"GaussianMixture", "save_figure"},
     "toy/and_composition.py": FILES | NETWORK | RESAMPLING | MULTIPLIERS | KL
@@ -39,6 +43,9 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     "toy/msdda.py": FILES | NETWORK | RESAMPLING
     | {"GaussianMixture", "Counted", "gather", "per_particle", "ddim_kernel", "mean_and_se", "log_mean_and_se",
        "save_figure"},
+    "sd/pretrain.py": FILES | PIPELINE | {"mean_and_se"},
+    "sd/das.py": FILES | SAMPLER | PIPELINE | REWARDS
+    | {"selection_weights", "mean_and_se", "log_mean_and_se", "save_figure"},
     "dna/prepare_data.py": {"fail", "write_atomically"},
 }
 
@@ -125,8 +132,9 @@ def test_readme_tells_the_records():
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("*/results/*.json")), ids=lambda p: p.name)
 def test_records_belong_to_the_scripts(path):
-    """A record holds the arguments of a run that its script still understands."""
-    script = path.parent.parent.name + "/" + path.stem.rsplit("_seed", 1)[0] + ".py"
+    """A record, <script>_seed<k>.json or <script>_<variant>_seed<k>.json, holds arguments that its script has still."""
+    folder, name = path.parent.parent.name, path.stem.rsplit("_seed", 1)[0]
+    script = max((s for s in SCRIPTS if f"{folder}/{name}_".startswith(s.removesuffix(".py") + "_")), key=len)
     record = json.loads(path.read_text())
     assert set(record["args"]) == set(vars(load(script).parse_args([])))
     names = [r["name"] for r in record["rows"]]
