@@ -70,20 +70,9 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 def parse_args(argv=None):
     parser = common_parser(__doc__)
-    parser.add_argument("--model", default="sd/mini", help="folder in the layout of diffusers, or hub id")
-    parser.add_argument("--lora", help="folder or hub id of an adapter to load")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--prompts", type=prompt_list, nargs="+", default=[PROMPTS], help="prompts, or a .txt file")
-    parser.add_argument("--reward", type=weighted, nargs="+", default=[("clip", 1.0)], help=f"{', '.join(REWARDS)}; "
-                        "several are added, each over its standard deviation: NAME=WEIGHT")
-    parser.add_argument("--clip", default="sd/mini/clip_reward", help="CLIP model of the rewards clip and aesthetic")
-    parser.add_argument("--clip-eval", default="sd/mini/clip_eval", help="CLIP model that only evaluates")
-    parser.add_argument("--pickscore", default="yuvalkirstain/PickScore_v1", help="its CLIP model")
-    parser.add_argument("--aesthetic", default="sac+logos+ava1-l14-linearMSE.pth", help="LAION's head, on ViT-L/14")
+    model_flags(parser, PROMPTS, [("clip", 1.0)])
     parser.add_argument("--groups", type=positive(int), help="images of each prompt")
     parser.add_argument("--particles", type=positive(int), help="particles of which one image is drawn")
-    parser.add_argument("--steps", type=positive(int), help="sampling steps, at most 1000")
-    parser.add_argument("--guidance", type=positive(float), default=4.0, help="classifier-free guidance, 1 is none")
     parser.add_argument("--kl-weight", type=positive(float), default=0.5, help="reward temperature alpha")
     parser.add_argument("--eta", type=positive(float), default=1.0, help="noise of the DDIM kernel, at most 1 (DDPM)")
     parser.add_argument("--temper", choices=["schedule", "adaptive", "none"], default="schedule")
@@ -92,7 +81,6 @@ def parse_args(argv=None):
     parser.add_argument("--ess", type=positive(float), default=0.5, help="resample below this fraction of particles")
     parser.add_argument("--resampling", choices=SCHEMES, default="systematic")
     parser.add_argument("--select", choices=["draw", "argmax"], default="draw", help="argmax is biased towards modes")
-    parser.add_argument("--chunk", type=positive(int), default=64, help="particles in one call: this sets the memory")
     parser.add_argument("--reference", type=positive(int), help="base samples of each prompt, for exact values")
     parser.add_argument("--online", choices=["off", "ucb", "bootstrap"], default="off",
                         help="treat the reward as a black box, with this kind of optimism")
@@ -101,7 +89,6 @@ def parse_args(argv=None):
     for name, value in PRESETS["quick" if args.quick else "paper" if args.paper else "default"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.prompts = sum(args.prompts, [])
     if args.steps > 1000 or args.eta > 1:
         parser.error("--steps can be at most 1000 and --eta at most 1")
     if args.groups < 2:
@@ -109,43 +96,112 @@ def parse_args(argv=None):
     return args
 
 
+# ---- shared: flags, models and rewards of every script of this folder ------------------------------------------------
+
+
+def model_flags(parser, prompts, rewards):
+    """Add the flags that say which model draws what for which rewards; prompts and rewards are the defaults."""
+    parser.add_argument("--model", default="sd/mini", help="folder in the layout of diffusers, or hub id")
+    parser.add_argument("--lora", help="folder or hub id of an adapter to load")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--prompts", type=prompt_list, nargs="+", action=Joined, default=prompts,
+                        help="prompts, or a .txt file with one a line")
+    parser.add_argument("--reward", type=weighted_name, nargs="+", default=rewards, help="NAME or NAME=WEIGHT, of "
+                        f"{', '.join(REWARDS)}; jpeg is compressibility, jpeg=-1 incompressibility")
+    parser.add_argument("--clip", default="sd/mini/clip_reward", help="CLIP model of the rewards clip and aesthetic")
+    parser.add_argument("--clip-eval", default="sd/mini/clip_eval", help="CLIP model that only evaluates")
+    parser.add_argument("--pickscore", default="yuvalkirstain/PickScore_v1", help="CLIP model of that reward")
+    parser.add_argument("--aesthetic", default="sac+logos+ava1-l14-linearMSE.pth", help="file of LAION's head")
+    parser.add_argument("--steps", type=positive(int), help="sampling steps, at most 1000")
+    parser.add_argument("--guidance", type=positive(float), default=4.0, help="classifier-free guidance, 1 is none")
+    parser.add_argument("--chunk", type=positive(int), default=64, help="images in one call: this sets the memory")
+
+
+class Joined(argparse.Action):
+    """The lists that a flag's type makes of its words, joined into one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, sum(values, []))
+
+
 def prompt_list(text):
-    """An argparse type: a prompt, or the lines of a .txt file -> list of prompts."""
+    """An argparse type: a prompt, or a .txt file of prompts -> list of prompts."""
     if not text.endswith(".txt"):
-        return [text]
-    try:
-        lines = pathlib.Path(text).read_text().splitlines()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from error
+        lines = [text]
+    else:
+        try:
+            lines = pathlib.Path(text).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise argparse.ArgumentTypeError(f"{text} cannot be read ({type(error).__name__})") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise argparse.ArgumentTypeError(f"{text} has no prompts")
+        raise argparse.ArgumentTypeError(f"{text!r} holds no prompt")
     return prompts
 
 
-def weighted(text):
+def weighted_name(text):
     """An argparse type: NAME or NAME=WEIGHT of a reward -> (name, weight)."""
     name, _, weight = text.partition("=")
     if name not in REWARDS:
-        raise argparse.ArgumentTypeError(f"there is no reward {name!r}: choose from {', '.join(REWARDS)}")
-    return name, float(weight or 1)
+        raise argparse.ArgumentTypeError(f"there is no reward {name!r}, only {', '.join(REWARDS)}")
+    try:
+        weight = float(weight or 1)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(f"the weight of {text!r} is no number")
+    return name, weight
 
 
-# ---- the problem: rewards of images ----------------------------------------------------------------------------------
+def load_world(args):
+    """The models of model_flags: a namespace of pipe, unet, scheduler, decode (latents -> images), shape (C, h, w),
+
+    the embeddings cond (K, L, d) of the K prompts and uncond (1, L, d) of the empty one; rewards, see load_rewards;
+    judge, the CLIP model that only evaluates, and judge_texts (K, d), unit vectors of the prompts there.
+    """
+    dtype = getattr(torch, args.dtype)
+    pipe = load_pipeline(args.model, args.device, dtype)
+    if args.lora:
+        load_adapter(pipe, args.lora)
+    judge, size = load_clip(args.clip_eval, args.device, dtype), pipe.unet.config.sample_size
+    return types.SimpleNamespace(
+        pipe=pipe, unet=pipe.unet, scheduler=pipe.scheduler, decode=image_decoder(pipe.vae, args.chunk),
+        shape=(pipe.unet.config.in_channels, size, size), cond=encode_prompts(pipe, args.prompts),
+        uncond=encode_prompts(pipe, [""]), rewards=load_rewards([name for name, _ in args.reward], args),
+        judge=judge, judge_texts=clip_text(judge, args.prompts))
+
+
+def load_rewards(names, args):
+    """{name: function of images (n, 3, H, W) in [0, 1] and the number of their prompt -> rewards (n,), float32}.
+
+    The number counts args.prompts: an integer for all images, or a tensor (n,). All but jpeg have a gradient.
+    """
+    dtype = getattr(torch, args.dtype)
+    plain = dict(jpeg=jpeg_reward, saturation=saturation_reward, contrast=contrast_reward)
+    clip = load_clip(args.clip, args.device, dtype) if {"clip", "aesthetic"} & set(names) else None
+    if "aesthetic" in names:
+        plain["aesthetic"] = aesthetic_reward(clip, args.aesthetic)
+    rewards = {name: lambda images, number, reward=reward: reward(images) for name, reward in plain.items()}
+    if "clip" in names:
+        rewards["clip"] = clip_reward(clip, args.prompts)
+    if "pickscore" in names:
+        net = load_clip(args.pickscore, args.device, dtype)
+        rewards["pickscore"] = clip_reward(net, args.prompts, net.net.logit_scale.exp().item())  # about 20
+    return {name: rewards[name] for name in names}
 
 
 def jpeg_reward(images):
-    """Compressibility: minus the kilobytes of the JPEG file at quality 95 (DDPO), (n, 3, H, W) -> (n,). No gradient."""
+    """Compressibility: minus the kilobytes of a JPEG file of quality 95 (DDPO), (n, 3, H, W) -> (n,). No gradient."""
     sizes = []
-    for pixels in (images_in_range(images) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+    for pixels in (images_in_range(images.detach()) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, format="JPEG", quality=95)
-        sizes.append(file.tell() / 1000)
-    return -torch.tensor(sizes, device=images.device)
+        sizes.append(-file.tell() / 1000)
+    return torch.tensor(sizes, device=images.device)
 
 
 def saturation_reward(images):
-    """Mean of (max - min) / max over the colours of a pixel, (n, 3, H, W) in [0, 1] -> (n,)."""
+    """Mean of (max - min) / max over the colours of a pixel, images (n, 3, H, W) in [0, 1] -> (n,)."""
     high, low = images_in_range(images).amax(1), images.amin(1)
     return ((high - low) / (high + 1e-8)).mean((1, 2))
 
@@ -153,70 +209,35 @@ def saturation_reward(images):
 def contrast_reward(images):
     """Local contrast: mean distance of the luminance from its Gaussian blur (5 x 5, sigma 1), (n, 3, H, W) -> (n,)."""
     gray = torch.einsum("nchw,c->nhw", images_in_range(images), torch.tensor([0.2126, 0.7152, 0.0722]).to(images))
-    kernel = torch.exp(-0.5 * torch.arange(-2.0, 3.0, device=images.device) ** 2)
-    kernel = torch.outer(kernel, kernel) / kernel.sum() ** 2
+    line = torch.exp(-0.5 * torch.arange(-2.0, 3.0).to(images) ** 2)
+    kernel = torch.outer(line, line) / line.sum() ** 2
     blur = F.conv2d(F.pad(gray[:, None], (2, 2, 2, 2), mode="reflect"), kernel[None, None])[:, 0]
     return (gray - blur).abs().mean((1, 2))
 
 
-def aesthetic_head(path, device):
-    """LAION's linear layers without anything between them, joined into weight (d,) and bias () by their product."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        layers = [(state[f"layers.{i}.weight"].float(), state[f"layers.{i}.bias"].float()) for i in (0, 2, 4, 6, 7)]
-    except (OSError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fail(f"The reward aesthetic needs LAION's file sac+logos+ava1-l14-linearMSE.pth (github.com/christophschuhmann/"
-             f"improved-aesthetic-predictor) beside --clip openai/clip-vit-large-patch14: {path} is not it "
-             f"({type(error).__name__}); give its path by --aesthetic.")
-    weight, bias = torch.eye(layers[0][0].shape[1], device=device), 0.0
-    for matrix, offset in layers:
-        weight, bias = matrix @ weight, matrix @ torch.as_tensor(bias).to(offset).expand(matrix.shape[1]) + offset
-    return weight[0], bias[0]
+def clip_reward(clip, prompts, scale=1.0):
+    """The function: images (n, 3, H, W) in [0, 1] and the number of their prompt -> cosine with it times scale (n,)."""
+    texts = scale * clip_text(clip, prompts)
+    return lambda images, number: (clip_images(clip, images) * texts[number]).sum(1)
 
 
-def make_world(args):
-    """Models and prompts: a namespace of unet, scheduler, decode, cond (K, L, d), uncond, and judge, the CLIP model
+def aesthetic_reward(clip, path):
+    """The function: images (n, 3, H, W) in [0, 1] -> LAION's aesthetic score (n,), about 1 to 10.
 
-    that evaluates; rewards[k]: {name: function of images (n, 3, H, W) in [0, 1] -> (n,)} of --reward for prompt k.
+    Its five linear layers have nothing between them but dropout: they are one, their product, on CLIP ViT-L/14.
     """
-    dtype = getattr(torch, args.dtype)
-    pipe = load_pipeline(args.model, args.device, dtype)
-    if args.lora:
-        load_adapter(pipe, args.lora)
-    names = {name for name, _ in args.reward}
-    clip = load_clip(args.clip, args.device, dtype) if names & {"clip", "aesthetic"} else None
-    pickscore = load_clip(args.pickscore, args.device, dtype) if "pickscore" in names else None
-    head = aesthetic_head(args.aesthetic, args.device) if "aesthetic" in names else None
-    rewards = []
-    for prompt in args.prompts:
-        mine = dict(jpeg=jpeg_reward, saturation=saturation_reward, contrast=contrast_reward)
-        if "clip" in names:
-            mine["clip"] = clip_reward(clip, prompt)
-        if "pickscore" in names:  # in its own units, about 20
-            mine["pickscore"] = clip_reward(pickscore, prompt, pickscore.net.logit_scale.exp().item())
-        if head:
-            mine["aesthetic"] = lambda images: clip_images(clip, images) @ head[0] + head[1]
-        rewards.append({name: mine[name] for name in names})
-    judge = load_clip(args.clip_eval, args.device, dtype)
-    size = pipe.unet.config.sample_size
-    return types.SimpleNamespace(
-        unet=pipe.unet, scheduler=pipe.scheduler, decode=image_decoder(pipe.vae, args.chunk), rewards=rewards,
-        cond=encode_prompts(pipe, args.prompts), uncond=encode_prompts(pipe, [""]), judge=judge,
-        judge_texts=clip_text(judge, args.prompts), shape=(pipe.unet.config.in_channels, size, size))
-
-
-def clip_reward(clip, prompt, scale=1.0):
-    """The function images (n, 3, H, W) in [0, 1] -> cosine with the prompt times scale (n,)."""
-    text = scale * clip_text(clip, [prompt])[0]
-    return lambda images: clip_images(clip, images) @ text
-
-
-def total_reward(parts, scales):
-    """The function images -> sum of the rewards `parts` {name: function}, each times its scale."""
-    return lambda images: sum(scale * parts[name](images) for name, scale in scales.items())
-
-
-# ---- shared: a Stable Diffusion model from a folder or the hub -------------------------------------------------------
+    try:
+        state = torch.load(path, map_location=clip.net.device, weights_only=True)
+        weight = torch.eye(clip.net.config.projection_dim, device=clip.net.device)
+        bias = torch.zeros(len(weight), device=clip.net.device)
+        for layer in (0, 2, 4, 6, 7):
+            matrix, offset = (state[f"layers.{layer}.{part}"].float() for part in ("weight", "bias"))
+            weight, bias = matrix @ weight, matrix @ bias + offset
+    except (OSError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        fail(f"The reward aesthetic needs LAION's file sac+logos+ava1-l14-linearMSE.pth, from "
+             f"github.com/christophschuhmann/improved-aesthetic-predictor, by --aesthetic, and --clip "
+             f"openai/clip-vit-large-patch14: {path} does not fit ({type(error).__name__}).")
+    return lambda images: clip_images(clip, images) @ weight[0] + bias
 
 
 def load_pipeline(model, device="cpu", dtype=torch.float32):
@@ -246,12 +267,13 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
 
 
 def load_adapter(pipe, folder, name="default"):
-    """Load LoRA weights, as diffusers saves them for a pipeline, onto the UNet under a name and switch them on."""
+    """Load frozen LoRA weights, as diffusers saves them for a pipeline, onto the UNet under a name; switch them on."""
     try:
         pipe.load_lora_weights(str(folder), adapter_name=name, weight_name="pytorch_lora_weights.safetensors")
     except Exception as error:  # every library below raises its own
         fail(f"{folder} holds no LoRA weights of this UNet in a file pytorch_lora_weights.safetensors "
              f"({type(error).__name__}).")
+    pipe.unet.requires_grad_(False).to(pipe.unet.device, pipe.unet.dtype)
 
 
 def load_clip(model, device="cpu", dtype=torch.float32):
@@ -606,6 +628,11 @@ def tilted_mean_and_se(log_w, values):
     return mean.item(), ((w * (values - mean)).pow(2).sum().sqrt() / w.sum()).item()
 
 
+def total_reward(world, number, levels, scales):
+    """The function images -> their rewards above levels {name: value}, times scales {name: value}, summed -> (n,)."""
+    return lambda images: sum(scale * (world.rewards[k](images, number) - levels[k]) for k, scale in scales.items())
+
+
 def sample_base(world, args, number, n, rng):
     """n latents of the base model for prompt `number`, plain DDIM -> (n, C, h, w)."""
     cond = world.cond[number : number + 1]
@@ -627,7 +654,7 @@ def sample_aligned(world, args, number, reward, groups, particles, rng, **option
 
 @torch.no_grad()
 def run_methods(world, args, rng):
-    """Every sampler on every prompt -> ({method: list over prompts of outputs}, {reward name: scale}).
+    """Every sampler on every prompt -> ({method: list over prompts of outputs}, levels, scales of total_reward).
 
     Best-of-N, importance resampling and `reference`, what DAS tends to, weigh samples of the base model: the twists
     telescope, so that the weight of one is exp(r / kl_weight), whatever the temper.
@@ -638,7 +665,7 @@ def run_methods(world, args, rng):
     for number in range(len(args.prompts)):
         x = sample_base(world, args, number, total, rng)
         images = world.decode(x)
-        raw.append({name: checked(reward(images), images.shape[:1]) for name, reward in world.rewards[number].items()})
+        raw.append({k: checked(reward(images, number), images.shape[:1]) for k, reward in world.rewards.items()})
         base.append(dict(x=x, evaluations=total * args.steps))
         progress("base", number + 1, len(args.prompts))
     seconds = (time.perf_counter() - start) / len(args.prompts)
@@ -646,11 +673,12 @@ def run_methods(world, args, rng):
     if not all(spread.values()):
         fail(f"The base model's images all have the same reward: {spread}.")
     scales = {name: weight / spread[name] for name, weight in args.reward}
+    levels = [{name: value.mean() for name, value in values.items()} for values in raw]
     results = {method: [] for method in ("reference", "base", "best_of_n", "importance", "guidance", "das")}
     smooth = "jpeg" not in scales
     for number, out in enumerate(base):
-        reward = total_reward(world.rewards[number], scales)
-        r = sum(scale * raw[number][name] for name, scale in scales.items())
+        reward = total_reward(world, number, levels[number], scales)
+        r = sum(scale * (raw[number][name] - levels[number][name]) for name, scale in scales.items())
         log_w = r / args.kl_weight
         results["reference"].append(dict(out, reward=r, log_w=log_w[None], w=log_w[None].softmax(1), seconds=seconds))
         mine = dict(x=out["x"][:n], reward=r[:n], evaluations=n * args.steps, seconds=seconds * n / total)
@@ -666,7 +694,7 @@ def run_methods(world, args, rng):
                              max_shift=args.max_shift, ess=args.ess)
         results["das"].append(dict(out, w=selection_weights(out["log_w"], args.select)))
         progress("guidance and das" if smooth else "das", number + 1, len(base))
-    return {method: outs for method, outs in results.items() if outs}, scales
+    return {method: outs for method, outs in results.items() if outs}, levels, scales
 
 
 def diversity(w, unit):
@@ -684,21 +712,21 @@ def truncated_entropy(unit, count=20):
 
 
 @torch.no_grad()
-def measure(world, args, results, scales, rng):
+def measure(world, args, results, rng):
     """The rows of all methods: means over prompts and groups, and log Z of each prompt.
 
     `gain` is the reward above the base model's mean in standard deviations; `clip_eval` the cosine with the prompt
     under the CLIP model that only evaluates; `diversity` the mean of 1 - cosine between two images of a prompt there.
     """
-    rows, level = [], torch.stack([out["reward"].mean() for out in results["reference"]])
+    rows = []
     for method, outs in results.items():
         values, spreads, drawn = {}, [], []
         for number, out in enumerate(outs):
             w = out["w"]
             images = world.decode(out["x"])
             unit = clip_images(world.judge, images, args.chunk)
-            each = {name: reward(images) for name, reward in world.rewards[number].items()}
-            each |= dict(gain=out["reward"] - level[number], clip_eval=unit @ world.judge_texts[number])
+            each = {name: reward(images, number) for name, reward in world.rewards.items()}
+            each |= dict(gain=out["reward"], clip_eval=unit @ world.judge_texts[number])
             for name, value in each.items():
                 values.setdefault(name, []).append((w * value.view_as(w)).sum(1))
             if method != "reference":
@@ -778,14 +806,13 @@ class Surrogate:
 
 
 @torch.no_grad()
-def run_online(world, args, scales, results, rng):
+def run_online(world, args, levels, scales, results, rng):
     """Rounds of: draw images with DAS on the surrogate, query the true reward of them (with noise 0.1), refit -> rows.
 
     The true reward, a sum over its standard deviations, is only ever queried: it need not be differentiable.
     """
     clip = load_clip(args.clip, args.device, getattr(torch, args.dtype))
     surrogate, rows, queries = Surrogate(clip, args.online, rng), [], 0
-    level = torch.stack([out["reward"].mean() for out in results["reference"]]).mean()
     for turn in range(args.rounds + 1):
         true, guess, seen, judged, spread = [], [], [], [], []
         for number in range(len(args.prompts)):
@@ -797,7 +824,7 @@ def run_online(world, args, scales, results, rng):
                 drawn = torch.multinomial(out["log_w"].softmax(1), 1, generator=rng)[:, 0]
                 images = world.decode(out["x"][drawn + 4 * torch.arange(args.groups, device=args.device)])
                 guess.append(surrogate(images))
-            true.append(total_reward(world.rewards[number], scales)(images) - level)
+            true.append(total_reward(world, number, levels[number], scales)(images))
             unit = clip_images(world.judge, images, args.chunk)
             judged.append(unit @ world.judge_texts[number])
             spread.append(diversity(torch.ones(args.groups, 1, device=args.device), unit))
@@ -979,11 +1006,11 @@ def main(args):
     """Run every method, write the figure and numbers.json -> {row name: estimate}."""
     start, out = time.perf_counter(), results_folder(args, "sd_das")
     rng = torch.Generator(args.device).manual_seed(args.seed)
-    world = make_world(args)
-    results, scales = run_methods(world, args, rng)
-    rows = measure(world, args, results, scales, rng)
+    world = load_world(args)
+    results, levels, scales = run_methods(world, args, rng)
+    rows = measure(world, args, results, rng)
     if args.online != "off":
-        rows += run_online(world, args, scales, results, rng)
+        rows += run_online(world, args, levels, scales, results, rng)
     draw_panels(out / "figure.png", args, rows, results)
     calls = 2 if args.guidance != 1 else 1  # of the UNet on a latent, at each step
     counted = ("reference", "guidance", "das")  # the other rows reuse the samples of the reference

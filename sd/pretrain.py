@@ -24,7 +24,7 @@ Steps  1. read the drawings from the installed packages, their names from the Un
        5. write the folders that diffusers and transformers load; sample; count what is recognised        `measure`
 
 What you should see: WHAT_YOU_SEE
-To try: python sd/pretrain.py --resume --guidance 1: how much of the likeness is the guidance's?
+To try: python sd/pretrain.py --resume --guidance 1   how much of the likeness does guidance make?
 """
 import argparse
 import copy
@@ -234,7 +234,7 @@ def make_tokenizer(folder, words):
     letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
     merges = {}
     for word in sorted(words):
-        while len(pieces := merge([*word[:-1], word[-1] + "</w>"], merges)) > 1:
+        while len(pieces := join_pairs([*word[:-1], word[-1] + "</w>"], merges)) > 1:
             merges[tuple(pieces[:2])] = len(merges)
     vocab = [*letters, *(c + "</w>" for c in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -247,7 +247,7 @@ def make_tokenizer(folder, words):
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def merge(pieces, merges):
+def join_pairs(pieces, merges):
     """Byte-pair encoding: join the pair of neighbours that stands first in merges {pair: rank}, as long as any does."""
     while pairs := [pair for pair in zip(pieces, pieces[1:]) if pair in merges]:
         best, joined = min(pairs, key=merges.get), []
@@ -287,15 +287,6 @@ def load_pipeline(model, device="cpu", dtype=torch.float32):
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).to(device, dtype).eval()
     return pipe
-
-
-def load_adapter(pipe, folder, name="default"):
-    """Load LoRA weights, as diffusers saves them for a pipeline, onto the UNet under a name and switch them on."""
-    try:
-        pipe.load_lora_weights(str(folder), adapter_name=name, weight_name="pytorch_lora_weights.safetensors")
-    except Exception as error:  # every library below raises its own
-        fail(f"{folder} holds no LoRA weights of this UNet in a file pytorch_lora_weights.safetensors "
-             f"({type(error).__name__}).")
 
 
 def load_clip(model, device="cpu", dtype=torch.float32):
