@@ -271,11 +271,13 @@ class TableReward:
     def __call__(self, x):
         if not x.is_floating_point():
             return self.value[(x * 4 ** torch.arange(self.length - 1, -1, -1, device=x.device)).sum(1)]
-        mean = self.value.to(x).view(1, 4, -1)
-        for k in range(self.length):
-            mean = torch.einsum("nv,nvr->nr", x[:, k], mean.expand(len(x), -1, -1))
-            mean = mean.view(len(x), 4, -1) if k + 1 < self.length else mean
-        return mean[:, 0]
+        halves = []
+        for letters in x.tensor_split([self.length // 2], 1):
+            joint = torch.ones(len(x), 1).to(x)
+            for k in range(letters.shape[1]):
+                joint = (joint[:, :, None] * letters[:, k, None]).flatten(1)
+            halves.append(joint)  # (n, 4^(L / 2))
+        return (halves[0] @ self.value.to(x).view(halves[0].shape[1], -1) * halves[1]).sum(1)
 
 
 # ---- shared: networks ------------------------------------------------------------------------------------------------
