@@ -707,6 +707,7 @@ def diversity(w, unit):
 
 def truncated_entropy(unit, count=20):
     """Entropy of the Gaussian with the largest `count` eigenvalues of the covariance of unit (n, d), nats (TCE)."""
+    assert len(unit) > count, f"truncated entropy needs more than {count} samples"
     values = torch.linalg.eigvalsh(torch.cov(unit.double().T))[-count:]
     return 0.5 * (count * math.log(2 * math.pi * math.e) + values.log().sum()).item()
 
