@@ -30,6 +30,9 @@ PIPELINE = {"load_pipeline", "load_clip", "in_chunks", "tokenize", "encode_promp
             "images_in_range", "clip_text", "clip_images", "ddim_schedule", "ddim_sample", "ddim_kernel"}
 REWARDS = {"model_flags", "Joined", "prompt_list", "weighted_name", "load_world", "load_adapter", "load_rewards",
            "jpeg_reward", "saturation_reward", "contrast_reward", "clip_reward", "aesthetic_reward"}
+TRAINING = {"training_flags", "check_training_flags", "fresh_adapter", "save_adapter", "without_adapter", "prompted",
+            "roll_out", "path_noise", "draw_prompts", "gains", "train_adapter", "read_checkpoint", "draw_images",
+            "measure_base", "paired_row", "pair_distance", "draw_lines", "smoothed", "checked", "save_figure"}
 SHARED = {  # script -> names whose text it shares with every other script that is listed with them
     "toy/das.py": FILES | NETWORK | SAMPLER | MEASURES | {"GaussianMixture", "save_figure"},
     "toy/and_composition.py": FILES | NETWORK | RESAMPLING | MULTIPLIERS | KL
@@ -46,6 +49,12 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     "sd/pretrain.py": FILES | PIPELINE | {"mean_and_se"},
     "sd/das.py": FILES | SAMPLER | PIPELINE | REWARDS
     | {"selection_weights", "mean_and_se", "log_mean_and_se", "save_figure"},
+    "sd/draft.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | TRAINING
+    | {"weighted_gain", "adapter_rows", "draw_adapters", "log_mean_and_se", "mean_and_se"},
+    "sd/ddpo.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | TRAINING
+    | {"weighted_gain", "adapter_rows", "draw_adapters", "log_mean_and_se", "mean_and_se"},
+    "sd/constrained_alignment.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | TRAINING
+    | {"dual_update", "maximise_dual", "check_feasible", "log_mean_exp"},
     "dna/prepare_data.py": {"fail", "write_atomically"},
 }
 
