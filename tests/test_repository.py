@@ -33,6 +33,11 @@ REWARDS = {"model_flags", "Joined", "prompt_list", "weighted_name", "load_world"
 TRAINING = {"training_flags", "check_training_flags", "fresh_adapter", "save_adapter", "without_adapter", "prompted",
             "roll_out", "path_noise", "draw_prompts", "gains", "train_adapter", "read_checkpoint", "draw_images",
             "measure_base", "paired_row", "pair_distance", "draw_lines", "smoothed", "checked", "save_figure"}
+SEQUENCES = {"read_arrays", "unpack", "encode", "read_elements", "read_csv", "chromosome_split", "all_sequences",
+             "splice_law", "ExactDenoiser", "TableReward", "initialise", "SequenceConv", "MaskedDenoiser", "Oracle",
+             "load_network", "predict", "unmask", "invert_cdf", "dna_world", "save_figure"}
+JUDGES = {"hide", "hidden_loss", "masked_bound", "mean_and_se", "median_and_se", "kmer_counts", "kmer_correlation",
+          "levenshtein", "diversity", "motif_scores", "motif_hits", "element_measures"}
 SHARED = {  # script -> names whose text it shares with every other script that is listed with them
     "toy/das.py": FILES | NETWORK | SAMPLER | MEASURES | {"GaussianMixture", "save_figure"},
     "toy/and_composition.py": FILES | NETWORK | RESAMPLING | MULTIPLIERS | KL
@@ -48,7 +53,7 @@ SHARED = {  # script -> names whose text it shares with every other script that 
        "save_figure"},
     "sd/pretrain.py": FILES | PIPELINE | {"mean_and_se"},
     "sd/das.py": FILES | SAMPLER | PIPELINE | REWARDS
-    | {"selection_weights", "mean_and_se", "log_mean_and_se", "save_figure"},
+    | {"selection_weights", "mean_and_se", "log_mean_and_se", "tilted_mean_and_se"},
     "sd/draft.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | TRAINING
     | {"weighted_gain", "adapter_rows", "draw_adapters", "log_mean_and_se", "mean_and_se"},
     "sd/ddpo.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | TRAINING
@@ -56,6 +61,11 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     "sd/constrained_alignment.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | TRAINING
     | {"dual_update", "maximise_dual", "check_feasible", "log_mean_exp"},
     "dna/prepare_data.py": {"fail", "write_atomically"},
+    "dna/pretrain.py": FILES | SEQUENCES | JUDGES | {"MarkovChain", "both_strands", "either_strand", "refresh",
+                                                     "sample_masked", "fit_network", "denoiser_batches"},
+    "dna/das.py": FILES | SEQUENCES | JUDGES | RESAMPLING
+    | {"per_particle", "gather", "temper_schedule", "adapt_temper", "checked", "gather_without_twist", "letters_log_p",
+       "log_mean_and_se", "dna_parser", "open_world"},
 }
 
 
