@@ -48,9 +48,8 @@ SHARED = {  # script -> names whose text it shares with every other script that 
        "save_figure"},
     "toy/constrained_alignment.py": FILES | NETWORK | MULTIPLIERS | KL
     | {"GaussianMixture", "maximise_dual", "pathwise_kl", "mean_and_se", "save_figure"},
-    "toy/msdda.py": FILES | NETWORK | RESAMPLING
-    | {"GaussianMixture", "Counted", "gather", "per_particle", "ddim_kernel", "mean_and_se", "log_mean_and_se",
-       "save_figure"},
+    "toy/msdda.py": FILES | {"GaussianMixture", "Denoiser", "noise_levels", "gather", "per_particle", "ddim_kernel",
+                             "effective_sample_size", "log_mean_exp", "mean_and_se", "log_mean_and_se", "save_figure"},
     "sd/pretrain.py": FILES | PIPELINE | {"mean_and_se"},
     "sd/das.py": FILES | SAMPLER | PIPELINE | REWARDS
     | {"selection_weights", "mean_and_se", "log_mean_and_se", "tilted_mean_and_se"},
