@@ -38,6 +38,12 @@ SEQUENCES = {"read_arrays", "unpack", "encode", "read_elements", "read_csv", "ch
              "load_network", "predict", "unmask", "invert_cdf", "dna_world", "save_figure"}
 JUDGES = {"hide", "hidden_loss", "masked_bound", "mean_and_se", "median_and_se", "kmer_counts", "kmer_correlation",
           "levenshtein", "diversity", "motif_scores", "motif_hits", "element_measures"}
+BASELINES = {"GaussianMixture", "ddim_kernel", "checked", "mean_and_se", "log_mean_and_se", "emd", "emd_to_target",
+             "mode_masses", "mode_spread", "terminal_kl", "sample_rows", "panel", "save_figure"}
+TUNING = {"log_snr_levels", "kernel", "sample_path", "follow"}
+FINE_TUNING = {"kl_of_letters", "sample_trajectories", "InPrecision", "improve_model", "objective_rows", "tuned_models",
+               "baseline_elements", "baseline_splice", "draw_training", "refresh", "save_network", "log_mean_and_se",
+               "dna_parser", "open_world"}
 SHARED = {  # script -> names whose text it shares with every other script that is listed with them
     "toy/das.py": FILES | NETWORK | SAMPLER | MEASURES | {"GaussianMixture", "save_figure"},
     "toy/and_composition.py": FILES | NETWORK | RESAMPLING | MULTIPLIERS | KL
@@ -50,6 +56,10 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     | {"GaussianMixture", "maximise_dual", "pathwise_kl", "mean_and_se", "save_figure"},
     "toy/msdda.py": FILES | {"GaussianMixture", "Denoiser", "noise_levels", "gather", "per_particle", "ddim_kernel",
                              "effective_sample_size", "log_mean_exp", "mean_and_se", "log_mean_and_se", "save_figure"},
+    "toy/guidance.py": FILES | NETWORK | BASELINES
+    | {"per_particle", "temper_schedule", "look_ahead", "guide"},
+    "toy/draft.py": FILES | NETWORK | BASELINES | TUNING,
+    "toy/ddpo.py": FILES | NETWORK | BASELINES | TUNING,
     "sd/pretrain.py": FILES | PIPELINE | {"mean_and_se"},
     "sd/das.py": FILES | SAMPLER | PIPELINE | REWARDS
     | {"selection_weights", "mean_and_se", "log_mean_and_se", "tilted_mean_and_se"},
@@ -65,6 +75,11 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     "dna/das.py": FILES | SEQUENCES | JUDGES | RESAMPLING
     | {"per_particle", "gather", "temper_schedule", "adapt_temper", "checked", "gather_without_twist", "letters_log_p",
        "log_mean_and_se", "dna_parser", "open_world"},
+    "dna/dav.py": FILES | SEQUENCES | JUDGES | RESAMPLING
+    | {"gather", "letters_log_p", "refresh", "sample_masked", "save_network", "log_mean_and_se", "dna_parser",
+       "open_world"},
+    "dna/draft.py": FILES | SEQUENCES | JUDGES | FINE_TUNING,
+    "dna/ddpo.py": FILES | SEQUENCES | JUDGES | FINE_TUNING,
 }
 
 
