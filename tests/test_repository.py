@@ -54,6 +54,9 @@ SHARED = {  # script -> names whose text it shares with every other script that 
        "save_figure"},
     "toy/constrained_alignment.py": FILES | NETWORK | MULTIPLIERS | KL
     | {"GaussianMixture", "maximise_dual", "pathwise_kl", "mean_and_se", "save_figure"},
+    "toy/dav.py": FILES | NETWORK | RESAMPLING
+    | {"GaussianMixture", "Counted", "per_particle", "gather", "look_ahead", "checked", "ddim_kernel", "guide",
+       "log_ratio", "mean_and_se", "emd", "emd_to_target", "mode_masses", "save_figure"},
     "toy/msdda.py": FILES | {"GaussianMixture", "Denoiser", "noise_levels", "gather", "per_particle", "ddim_kernel",
                              "effective_sample_size", "log_mean_exp", "mean_and_se", "log_mean_and_se", "save_figure"},
     "toy/guidance.py": FILES | NETWORK | BASELINES
