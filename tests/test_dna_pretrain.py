@@ -437,14 +437,20 @@ def fit(folder, steps=250, resume=False, interrupt=None, lr=3e-3, **settings):
     return pretrain.fit_network(net, loss, steps, lr, False, rng, folder / "net.safetensors", settings, resume)
 
 
-def test_resumed_training_gives_the_same_bytes(tmp_path, capsys):
+def trained(path):
+    """Settings and weights of a network; the order of a safetensors file's header changes from file to file."""
+    net, settings = pretrain.load_network(path, "cpu")
+    return settings.encode() + b"".join(v.numpy().tobytes() for v in net.state_dict().values())
+
+
+def test_resumed_training_gives_the_same_weights(tmp_path, capsys):
     fit(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "parts", interrupt=130)
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["net.part.pt"]
     fit(tmp_path / "parts", resume=True)
     files = [tmp_path / name / "net.safetensors" for name in ("whole", "parts")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    assert trained(files[0]) == trained(files[1])
     assert [p.name for p in (tmp_path / "parts").iterdir()] == ["net.safetensors"]
     before = files[1].stat().st_mtime_ns
     fit(tmp_path / "parts", resume=True)  # finished: loaded
@@ -461,7 +467,7 @@ def test_a_run_may_be_made_shorter(tmp_path):
         fit(tmp_path / "cut", steps=1000, interrupt=110)
     fit(tmp_path / "cut", steps=200, resume=True)
     fit(tmp_path / "whole", steps=200)
-    assert len({(tmp_path / name / "net.safetensors").read_bytes() for name in ("cut", "whole")}) == 1
+    assert len({trained(tmp_path / name / "net.safetensors") for name in ("cut", "whole")}) == 1
 
 
 def test_training_lowers_the_bound(tmp_path):
@@ -589,7 +595,8 @@ def test_quick_run_of_the_enumerated_world(tmp_path):
     assert abs(rows["steps_128.mpsa.cross_entropy"]["z"]) < 5 < rows["steps_1.mpsa.cross_entropy"]["z"]
 
 
-RECORDS = {name: REPOSITORY / f"dna/results/pretrain_seed0_{name}.json" for name in ("hepg2", "mpsa")}
+RECORDS = {"hepg2": REPOSITORY / "dna/results/pretrain_seed0.json",
+           "mpsa": REPOSITORY / "dna/results/pretrain_mpsa_seed0.json"}
 
 
 @pytest.mark.parametrize("name", RECORDS)
