@@ -23,7 +23,11 @@ def load(script):
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, SOURCE / script)
         sys.modules[name] = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str((SOURCE / script).parent))  # compare.py imports its folder's scripts
         spec.loader.exec_module(sys.modules[name])
+        sys.path.pop(0)
+        for sibling in (SOURCE / script).parent.glob("*.py"):  # another folder has scripts of the same names
+            sys.modules.pop(sibling.stem, None)
     return sys.modules[name]
 
 
