@@ -633,6 +633,12 @@ def total_reward(world, number, levels, scales):
     return lambda images: sum(scale * (world.rewards[k](images, number) - levels[k]) for k, scale in scales.items())
 
 
+def all_rewards(world, args, number, images):
+    """{name: rewards (n,)} of images (n, 3, H, W) of prompt `number`, `chunk` images at once."""
+    return {name: in_chunks(lambda part, reward=reward: reward(part, number), args.chunk, images)
+            for name, reward in world.rewards.items()}
+
+
 def sample_base(world, args, number, n, rng):
     """n latents of the base model for prompt `number`, plain DDIM -> (n, C, h, w)."""
     cond = world.cond[number : number + 1]
@@ -665,7 +671,7 @@ def run_methods(world, args, rng):
     for number in range(len(args.prompts)):
         x = sample_base(world, args, number, total, rng)
         images = world.decode(x)
-        raw.append({k: checked(reward(images, number), images.shape[:1]) for k, reward in world.rewards.items()})
+        raw.append({k: checked(v, images.shape[:1]) for k, v in all_rewards(world, args, number, images).items()})
         base.append(dict(x=x, evaluations=total * args.steps))
         progress("base", number + 1, len(args.prompts))
     seconds = (time.perf_counter() - start) / len(args.prompts)
@@ -717,7 +723,8 @@ def measure(world, args, results, rng):
     """The rows of all methods: means over prompts and groups, and log Z of each prompt.
 
     `gain` is the reward above the base model's mean in standard deviations; `clip_eval` the cosine with the prompt
-    under the CLIP model that only evaluates; `diversity` the mean of 1 - cosine between two images of a prompt there.
+    under the CLIP model that only evaluates; `diversity` the mean of 1 - cosine between two images of a prompt there;
+    `entropy` that of all drawn images there, where they are more than 20.
     """
     rows = []
     for method, outs in results.items():
@@ -726,7 +733,7 @@ def measure(world, args, results, rng):
             w = out["w"]
             images = world.decode(out["x"])
             unit = clip_images(world.judge, images, args.chunk)
-            each = {name: reward(images, number) for name, reward in world.rewards.items()}
+            each = all_rewards(world, args, number, images)
             each |= dict(gain=out["reward"], clip_eval=unit @ world.judge_texts[number])
             for name, value in each.items():
                 values.setdefault(name, []).append((w * value.view_as(w)).sum(1))
@@ -739,6 +746,9 @@ def measure(world, args, results, rng):
         for name, value in values.items():
             value = torch.stack(value)  # (prompts, groups)
             se = (value.var(1).mean() / value.numel()).sqrt().item() if value.shape[1] > 1 else None
+            if name == "gain" and method == "reference":
+                errors = [tilted_mean_and_se(out["log_w"][0], out["reward"])[1] for out in outs]
+                se = math.hypot(*errors) / len(errors)
             rows.append(row(f"{method}.all.{name}", value.mean().item(), se))
         if method == "reference":
             own = [log_mean_and_se(out["log_w"][0]) for out in outs]
@@ -747,8 +757,8 @@ def measure(world, args, results, rng):
                 rows.append(row(f"reference.{slug(prompt)}.ess", effective_sample_size(out["log_w"]).item()))
             continue
         rows.append(row(f"{method}.all.diversity", sum(spreads) / len(spreads)))
-        if args.groups > 20:
-            rows.append(row(f"{method}.all.entropy", sum(map(truncated_entropy, drawn)) / len(drawn)))
+        if args.groups * len(outs) > 20:
+            rows.append(row(f"{method}.all.entropy", truncated_entropy(torch.cat(drawn))))
         if method in ("importance", "das"):
             for prompt, out, reference in zip(args.prompts, outs, own):
                 rows.append(row(f"{method}.{slug(prompt)}.log_z", *log_mean_and_se(out["log_z"]), None, reference))
@@ -845,46 +855,47 @@ def run_online(world, args, levels, scales, results, rng):
 
 # ---- the figure ------------------------------------------------------------------------------------------------------
 
-TITLES = {"base": "base", "best_of_n": "best of {}", "guidance": "guidance", "das": "DAS"}
-COLORS = {"base": "#555555", "best_of_n": "#009E73", "guidance": "#E69F00", "das": "#0072B2", "importance": "#CC79A7"}
+TITLES = {"base": "base", "best_of_n": "best of {}", "guidance": "guidance", "das": "DAS"}  # a line of images each
+MARKS = {"base": ("#555555", "s"), "best_of_n": ("#009E73", "^"), "importance": ("#CC79A7", "v"),
+         "guidance": ("#E69F00", "D"), "das": ("#0072B2", "o")}
 
 
 def draw_panels(path, args, rows, results):
     """A line of images a method, four of each prompt; then reward against the other measures, and the traces of DAS."""
     value = {r["name"]: (r["estimate"], r["se"] or 0) for r in rows}
-    methods = [method for method in TITLES if method in results]
-    shown, per = min(4, len(args.prompts)), min(4, args.groups)
-    figure = plt.figure(figsize=(10, 1.05 * len(methods) + 3.2))
-    grid = figure.add_gridspec(len(methods) + 1, 3, height_ratios=[1] * len(methods) + [2.4])
-    for line, method in enumerate(methods):
-        ax = figure.add_subplot(grid[line, :])
-        images = torch.cat([F.pad(torch.cat(list(out["images"][:per]), 2), (2, 2, 2, 2), value=1.0)
-                            for out in results[method][:shown]], 2)
-        ax.imshow(images.permute(1, 2, 0).numpy(), interpolation="bicubic")
-        ax.set(xticks=[], yticks=[])
-        ax.set_ylabel(TITLES[method].format(args.particles), rotation=0, ha="right", va="center")
-        for side in ax.spines.values():
-            side.set_visible(False)
-        if line == 0:
-            ax.set_title("     ".join(args.prompts[:shown]), fontsize=9)
-    left, middle, right = (figure.add_subplot(grid[-1, k]) for k in range(3))
-    for method in [*methods, "importance"]:
-        gain = value[f"{method}.all.gain"]
-        for ax, key in ((left, "clip_eval"), (middle, "diversity")):
-            other = value[f"{method}.all.{key}"]
-            ax.errorbar(gain[0], other[0], 2 * other[1], 2 * gain[1], marker="o", color=COLORS[method], capsize=2,
-                        label=TITLES.get(method, "importance").format(args.particles), linestyle="none")
-    for ax, key in ((left, "CLIP score by the other model"), (middle, "diversity (1 - cosine)")):
-        ax.set(xlabel="reward above the base, standard deviations", ylabel=key)
+    methods, shown, per = [m for m in TITLES if m in results], min(4, len(args.prompts)), min(4, args.groups)
+    figure = plt.figure(figsize=(10, 0.62 * len(methods) * 4 / per / shown * 4 + 3.4))
+    grid = figure.add_gridspec(2, 3, height_ratios=[0.62 * len(methods) * 16 / per / shown, 2.6])
+    lines = [torch.cat([F.pad(torch.cat(list(out["images"][:per]), 2), (3, 3, 1, 1), value=1.0)
+                        for out in results[method][:shown]], 2) for method in methods]
+    height, width = lines[0].shape[1], lines[0].shape[2] / shown
+    ax = figure.add_subplot(grid[0, :])
+    ax.imshow(torch.cat(lines, 1).permute(1, 2, 0).numpy(), interpolation="bicubic")
+    ax.set_yticks([(k + 0.5) * height for k in range(len(methods))], [TITLES[m].format(args.particles) for m in methods])
+    ax.set_xticks([(k + 0.5) * width for k in range(shown)], args.prompts[:shown])
+    ax.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    left, middle, right = (figure.add_subplot(grid[1, k]) for k in range(3))
+    for method, (color, mark) in MARKS.items():
+        if method in results:
+            gain = value[f"{method}.all.gain"]
+            for ax, key in ((left, "clip_eval"), (middle, "diversity")):
+                other = value[f"{method}.all.{key}"]
+                ax.errorbar(gain[0], other[0], 2 * other[1], 2 * gain[1], marker=mark, color=color, capsize=2,
+                            label=TITLES.get(method, "importance").format(args.particles), linestyle="none")
+    for ax, key in ((left, "CLIP score, the other model"), (middle, "diversity (1 - cosine)")):
+        ax.set(xlabel="reward, base standard deviations", ylabel=key)
     left.legend(fontsize=7)
     steps = range(len(results["das"][0]["history"]))
-    for key, color, scale in (("ess", "#0072B2", 1 / args.particles), ("temper", "#D55E00", 1)):
-        right.plot(steps, [scale * value[f"das.step_{i:03d}.{key}"][0] for i in steps], color=color,
-                   label=dict(ess="effective sample size / particles").get(key, key))
+    for key, label, color, scale in (("ess", "effective sample size / particles", "#0072B2", 1 / args.particles),
+                                     ("temper", "temper", "#D55E00", 1)):
+        right.plot(steps, [scale * value[f"das.step_{i:03d}.{key}"][0] for i in steps], color=color, label=label)
     right.set(xlabel="step", ylim=(0, 1.05))
     right.legend(fontsize=7)
     figure.tight_layout()
-    save_figure(figure, path)
+    write_atomically(path, lambda part: figure.savefig(part, dpi=100))  # photographs bear no palette
+    plt.close(figure)
 
 
 # ---- shared: command line and files ----------------------------------------------------------------------------------
@@ -953,15 +964,6 @@ def write_atomically(path, write):
     part = path.with_name(f"part-{path.name}")  # the suffix stays, matplotlib reads the format from it
     write(part)
     os.replace(part, path)
-
-
-def save_figure(figure, path, dpi=100):
-    """Write a figure as a PNG with a palette of 128 colours, which is a third of the size, and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi)
-    plt.close(figure)
-    picture = Image.open(buffer).convert("RGB").quantize(128)
-    write_atomically(path, lambda part: picture.save(part, optimize=True))
 
 
 def row(name, estimate, se=None, exact=None, reference=None):

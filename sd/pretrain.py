@@ -49,9 +49,9 @@ from torch.utils.checkpoint import checkpoint
 
 PRESETS = {  # what the size flags default to
     "quick": dict(vae_steps=4, clip_steps=4, unet_steps=4, steps=3),
-    "default": dict(vae_steps=16000, clip_steps=2500, unet_steps=14000, steps=50),
+    "default": dict(vae_steps=16000, clip_steps=2500, unet_steps=6000, steps=20),
 }
-MODULES = ("vae", "clip_reward", "clip_eval", "unet")  # in the order of training
+MODULES = {"vae": 0, "clip_reward": 1, "clip_eval": 1, "unet": 3}  # their seeds: both CLIP models start alike
 ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard
 beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly
 llama camel bat gorilla hedgehog kangaroo""".split()  # the prompts of DDPO (arXiv 2305.13301)
@@ -439,10 +439,8 @@ def build(name, tokenizer, seed):
                 cross_attention_dim=64, attention_head_dim=4, norm_num_groups=16)
             words = CLIPTextModel(CLIPTextConfig(**text, intermediate_size=256, num_hidden_layers=2))
             return torch.nn.ModuleDict(dict(unet=unet, text_encoder=words))
-        vision = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, image_size=32,
-                      patch_size=4)
-        if name == "clip_reward":
-            vision |= dict(hidden_size=96, intermediate_size=288, patch_size=8)
+        vision = dict(hidden_size=96, intermediate_size=288, num_hidden_layers=4, num_attention_heads=4, image_size=32,
+                      patch_size=8)
         text |= dict(intermediate_size=128, num_hidden_layers=1)
         return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
@@ -518,9 +516,10 @@ def train(name, net, loss, steps, lr, weight_decay, args, folder, rng, resume):
     """Adam on loss(net, rng) with warm-up and cosine decay -> (average of the weights, record of the training).
 
     Twenty times it leaves a checkpoint, with the state of all that is random: --resume gives the same bytes as a run
-    that was never interrupted, and returns at once where the training is finished.
+    that was never interrupted, and returns at once where the training is finished. With another number of steps it
+    goes on at the learning rate that this number has at the present step.
     """
-    path, settings = folder / f"{name}.pt", json.dumps([name, steps, lr, weight_decay, args.seed, args.quick])
+    path, settings = folder / f"{name}.pt", json.dumps([name, lr, weight_decay, args.seed, args.quick])
     optimizer = torch.optim.AdamW(net.parameters(), lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     average, first, record = copy.deepcopy(net).requires_grad_(False), 0, dict(steps=steps, cpu_seconds=0.0)
     if resume and path.exists():
@@ -572,22 +571,22 @@ def read_checkpoint(path, settings, device):
 def train_networks(args, folder, tokenizer, artists):
     """Train the networks of --stage, or take them from the folder -> ({name: network}, {name: record}, bank).
 
-    artists: two for the generator and the reward, and all for the CLIP model that evaluates.
+    artists: the first two for what draws and for the CLIP model that judges it, the third for the one that rewards.
     """
-    drawings, more = Drawings(artists[:2], args.device), Drawings(artists, args.device)
+    drawings, other = Drawings(artists[:2], args.device), Drawings(artists[2:] or artists, args.device)
     captions, empty = caption_tokens(tokenizer, drawings.names, args.device)
     levels = noise_schedule().alphas_cumprod.to(args.device)
     plans = {  # loss, steps, learning rate, weight decay
         "vae": (lambda net, rng: vae_loss(net, drawings, rng), args.vae_steps, 2e-3, 1e-4),
-        "clip_reward": (lambda net, rng: clip_loss(net, drawings, captions, 0.5, rng), args.clip_steps, 2e-3, 0.1),
-        "clip_eval": (lambda net, rng: clip_loss(net, more, captions, 1.0, rng), args.clip_steps, 2e-3, 0.1),
+        "clip_reward": (lambda net, rng: clip_loss(net, other, captions, 1.0, rng), args.clip_steps, 2e-3, 0.1),
+        "clip_eval": (lambda net, rng: clip_loss(net, drawings, captions, 0.5, rng), args.clip_steps, 2e-3, 0.1),
         "unet": (lambda net, rng: unet_loss(net, bank, captions, empty, levels, rng), args.unet_steps, 1e-3, 1e-4),
     }
     nets, records, bank = {}, {}, None
-    for number, name in enumerate(MODULES):
+    for name, seed in MODULES.items():
         loss, steps, lr, weight_decay = plans[name]
-        net = build(name, tokenizer, args.seed * 10 + number).to(args.device)
-        rng = torch.Generator(args.device).manual_seed(args.seed * 10 + number)
+        net = build(name, tokenizer, args.seed * 10 + seed).to(args.device)
+        rng = torch.Generator(args.device).manual_seed(args.seed * 10 + seed)
         chosen = args.stage in ("all", name.split("_")[0])
         if name == "unet" and "vae" in nets:
             copies = 1 if args.quick else 48
@@ -730,7 +729,7 @@ def draw_sheet(path, images, names, columns=9):
             picture = Image.fromarray(pixels[i, j]).resize((64, 64), Image.Resampling.BICUBIC)
             sheet.paste(picture, (x + 64 * j, y))
         ImageDraw.Draw(sheet).text((x + 64, y + 65), name, fill="black", anchor="ma")
-    write_atomically(path, lambda part: sheet.save(part, optimize=True))
+    write_atomically(path, lambda part: sheet.quantize(256).save(part, optimize=True))
 
 
 def mean_and_se(values):
