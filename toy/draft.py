@@ -65,9 +65,9 @@ from torch.nn.functional import one_hot
 
 PRESETS = {  # what the size flags default to
     "quick": dict(epochs=8, iterations=4, batch=128, steps=15, horizon=5, samples=2000, train_steps=500, subsamples=4),
-    "default": dict(epochs=20, iterations=8, batch=256, steps=30, horizon=10, samples=10000, train_steps=2000,
+    "default": dict(epochs=15, iterations=8, batch=512, steps=30, horizon=10, samples=10000, train_steps=2000,
                     subsamples=10),
-    "paper": dict(epochs=50, iterations=8, batch=1024, steps=100, horizon=30, samples=40000, train_steps=5000,
+    "paper": dict(epochs=30, iterations=8, batch=2048, steps=100, horizon=30, samples=40000, train_steps=5000,
                   subsamples=100),
 }
 
@@ -222,7 +222,7 @@ def draft_loss(net, base, reward, x, abar, rng, kl_weight, horizon=None):
     return kl_weight * kl.sum(0).mean() - checked(reward(path[-1]), x.shape[:1]).mean()
 
 
-def draft(problem, base, abar, rng, kl_weight=1.0, horizon=None, epochs=20, iterations=8, batch=256, lr=4e-3, clip=1.0,
+def draft(problem, base, abar, rng, kl_weight=1.0, horizon=None, epochs=15, iterations=8, batch=512, lr=4e-3, clip=1.0,
           held_out=1000):
     """Fine-tune a copy of the network `base` on problem.reward; kl_weight 0 leaves the KL out.
 
