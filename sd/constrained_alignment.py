@@ -4,8 +4,8 @@ Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusio
 NeurIPS 2025, arXiv 2508.19104: the counterpart of its Fig. 3 (problem `learned`: a learned reward in the objective,
 saturation and local contrast constrained) and Fig. 4 (`several`: every reward constrained).
 
-Run    python sd/constrained_alignment.py                miniature model, both problems             TIME_DEFAULT
-       python sd/constrained_alignment.py --quick        the same, coarse: shows nothing            TIME_QUICK
+Run    python sd/constrained_alignment.py                miniature model, both problems             about 19 CPU minutes
+       python sd/constrained_alignment.py --quick        the same, coarse: shows nothing            20 CPU seconds
        python sd/constrained_alignment.py --resume       continue after an interruption
        python sd/constrained_alignment.py --problem learned --threshold 1.0 0.5     tighter thresholds
        On a GPU (not run here): --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reward aesthetic pickscore
@@ -41,7 +41,6 @@ import math
 import os
 import pathlib
 import pickle
-import re
 import resource
 import sys
 import time
@@ -61,7 +60,7 @@ from torch.utils.checkpoint import checkpoint
 PRESETS = {  # what the size flags default to
     "quick": dict(updates=4, batch=4, steps=4, images=16),
     "default": dict(updates=80, batch=16, steps=10, images=64),
-    "paper": dict(updates=500, batch=64, steps=15, images=64),
+    "paper": dict(updates=40, batch=64, steps=15, images=64),
 }
 THRESHOLDS = {"learned": {"saturation": 0.5, "contrast": 0.25}, "several": {"saturation": 0.5, "contrast": 0.5}}
 REWARDS = ("jpeg", "saturation", "contrast", "clip", "pickscore", "aesthetic")
@@ -72,11 +71,11 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 def parse_args(argv=None):
     parser = common_parser(__doc__)
     model_flags(parser, PROMPTS, [("clip", 1.0)])
-    training_flags(parser, 1e-3)
+    training_flags(parser, 2e-3)
     parser.add_argument("--problem", nargs="+", choices=list(THRESHOLDS), default=list(THRESHOLDS))
     parser.add_argument("--threshold", nargs="+", type=positive(float), help="those of the one --problem, in its order")
     parser.add_argument("--dual", choices=["ascent", "nupi"], default="ascent")
-    parser.add_argument("--dual-lr", type=positive(float), default=0.1, help="step of the multipliers")
+    parser.add_argument("--dual-lr", type=positive(float), default=0.5, help="step of the multipliers")
     parser.add_argument("--weight", type=positive(float), help="of every reward in the row `equal`; default: same sum")
     args = parser.parse_args(argv)
     check_training_flags(parser, args)
@@ -331,7 +330,7 @@ def lagrangian_update(world, problem, args, fixed=None):
     takes the place of objective and multipliers: the penalty method.
     """
     timesteps, abar = ddim_schedule(world.scheduler, args.steps)
-    b = torch.tensor(list(problem.thresholds.values()), dtype=torch.float64)
+    b = torch.tensor(list(problem.thresholds.values()), dtype=torch.float64, device=args.device)
     damping = dict(kp=4 * args.dual_lr, nu=0.5) if args.dual == "nupi" else {}
 
     def update(rng, descend, state):
@@ -349,7 +348,7 @@ def lagrangian_update(world, problem, args, fixed=None):
                 totals[name] = totals.get(name, 0.0) + value.detach().sum().item() / args.batch
         descend()
         if fixed is None:
-            gap = b - torch.tensor([totals[name] for name in problem.thresholds], dtype=torch.float64)
+            gap = b - b.new_tensor([totals[name] for name in problem.thresholds])
             dual_now, state["memory"] = dual_update(state["dual"], gap, state["memory"], args.dual_lr, **damping)
             state["dual"] = dual_now.clamp(min=0)
         return totals | ({} if fixed else {f"dual_{name}": value for name, value in dual.items()})
@@ -641,7 +640,8 @@ def train_adapter(name, world, update, args, folder, state=None):
             value.data.copy_(stored["weights"][key])
 
     def descend():
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0, error_if_nonfinite=True)
+        if not torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).isfinite():
+            fail(f"{name}: the gradient is not finite; lower --lr, or try --dtype bfloat16 or float32.")
         optimizer.step()
         optimizer.zero_grad()
 

@@ -4,10 +4,10 @@ Papers: Black, Janner, Du, Kostrikov and Levine, "Training Diffusion Models with
 2024, arXiv 2305.13301; the KL as in Fan et al. (DPOK), arXiv 2305.16381. The baseline of Fig. 2 of DAS (arXiv
 2501.05803): what training gains, and what it loses.
 
-Run    python sd/ddpo.py                                 miniature model, CLIP score of the prompt  TIME_DEFAULT
-       python sd/ddpo.py --quick                         the same, coarse: shows nothing            TIME_QUICK
-       python sd/ddpo.py --reward jpeg                   compressibility, as in the paper           TIME_DEFAULT
-       python sd/ddpo.py --reward jpeg=-1                incompressibility                          TIME_DEFAULT
+Run    python sd/ddpo.py                                 miniature model, CLIP score of the prompt  about 6 CPU minutes
+       python sd/ddpo.py --quick                         the same, coarse: shows nothing            12 CPU seconds
+       python sd/ddpo.py --reward jpeg                   compressibility, as in the paper           about 6 CPU minutes
+       python sd/ddpo.py --reward jpeg=-1                incompressibility                          about 6 CPU minutes
        python sd/ddpo.py --resume                        continue after an interruption
        On a GPU (not run here): --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reward aesthetic --paper
        --clip openai/clip-vit-large-patch14 --clip-eval laion/CLIP-ViT-H-14-laion2B-s32B-b79K --dtype bfloat16
@@ -20,7 +20,8 @@ Notation (here -> papers)
        log_p     -> log p    of one step, nats: the sum over the latent, on which the ratio of PPO rests
        advantage -> A        reward less the KL of later steps, centred and scaled per prompt
        kl_weight -> beta     weight of KL(p || base) against a reward in standard deviations of the base model, within
-                             a prompt: the objective is that of sd/das.py, E[r] - kl_weight KL
+                             a prompt: the objective is that of sd/das.py, E[r] - kl_weight KL, at a weight that suits
+                             an adapter, which pays far more nats for a standard deviation than the exact tilt
        abar      -> abar_t   signal power: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps; x are latents
 
 Algorithm
@@ -41,7 +42,6 @@ import math
 import os
 import pathlib
 import pickle
-import re
 import resource
 import sys
 import time
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     model_flags(parser, PROMPTS, [("clip", 1.0)])
     training_flags(parser, 1e-3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--kl-weight", type=positive(float), default=0.5, help="of the method with KL")
+    parser.add_argument("--kl-weight", type=positive(float), default=0.05, help="of the method with KL")
     parser.add_argument("--per-prompt", type=positive(int), default=8, help="images of a prompt in a batch, or more")
     parser.add_argument("--minibatches", type=positive(int), default=2, help="optimiser steps of one round")
     parser.add_argument("--fraction", type=positive(float), default=0.5, help="of the steps that an update looks at")
@@ -467,7 +467,8 @@ def train_adapter(name, world, update, args, folder, state=None):
             value.data.copy_(stored["weights"][key])
 
     def descend():
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0, error_if_nonfinite=True)
+        if not torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).isfinite():
+            fail(f"{name}: the gradient is not finite; lower --lr, or try --dtype bfloat16 or float32.")
         optimizer.step()
         optimizer.zero_grad()
 
@@ -564,7 +565,8 @@ def adapter_rows(world, args, results):
     """The rows of {method: measured images}, `base` among them, and `bound`, what no model of any kind can exceed.
 
     objective = gain - kl_weight KL <= kl_weight log E_base[exp(gain / kl_weight)], the value of the exact tilt
-    (Donsker and Varadhan), here by importance sampling from the base model's images.
+    (Donsker and Varadhan), here by importance sampling from the base model's images: too low where bound.all.ess, the
+    effective number of them per prompt, is small.
     """
     rows, base = [], results["base"]
     gain = {method: weighted_gain(world, args, found) for method, found in results.items()}
@@ -580,6 +582,8 @@ def adapter_rows(world, args, results):
     logs = [log_mean_and_se(r / args.kl_weight) for r in gain["base"]]
     rows.append(row("bound.all.objective", args.kl_weight * sum(value for value, _ in logs) / len(logs),
                     args.kl_weight * math.hypot(*(se for _, se in logs)) / len(logs)))
+    w = (gain["base"] / args.kl_weight).softmax(1)
+    rows.append(row("bound.all.ess", (1 / (w**2).sum(1)).mean().item()))
     return rows
 
 

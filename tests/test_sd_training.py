@@ -118,7 +118,8 @@ def gradient(value, unet):
 def flags(**changes):
     """Arguments of the update functions."""
     base = dict(steps=STEPS, guidance=GUIDANCE, eta=1.0, batch=200, chunk=1000, reward=[("one", 1.0), ("two", -0.5)],
-                minibatches=1, fraction=1.0, per_prompt=100, clip_range=0.2, dual="ascent", dual_lr=0.1)
+                minibatches=1, fraction=1.0, per_prompt=100, clip_range=0.2, dual="ascent", dual_lr=0.1,
+                device="cpu")
     return argparse.Namespace(**base | changes)
 
 
@@ -431,7 +432,7 @@ def test_multipliers_and_rewards_of_the_double():
 
 
 ALI_BUGS = {
-    "gap the wrong way": ("gap = b - torch.tensor(", "gap = -b + torch.tensor("),
+    "gap the wrong way": ("gap = b - b.new_tensor(", "gap = -b + b.new_tensor("),
     "multipliers below zero": ("dual_now.clamp(min=0)", "dual_now"),
     "KL sign": ("((kl - sum(", "((-0.5 * kl - sum("),
     "adapter not disabled for the base": ("        unet.disable_adapters()\n", "        pass\n"),
