@@ -86,7 +86,7 @@ MOTIFS = {  # JASPAR 2026 (CC BY 4.0), letters per thousand sites: rows A, C, G,
 }
 PRESETS = {  # what the size flags default to
     ("hepg2", "quick"): dict(groups=8, particles=4, steps=16, kl_weight=0.25, gamma=0.008, levels=2),
-    ("hepg2", "default"): dict(groups=64, particles=8, steps=64, kl_weight=0.25, gamma=0.008, levels=8),
+    ("hepg2", "default"): dict(groups=40, particles=8, steps=64, kl_weight=0.25, gamma=0.008, levels=8),
     ("hepg2", "paper"): dict(groups=640, particles=16, steps=128, kl_weight=0.25, gamma=0.008, levels=128),
     ("mpsa", "quick"): dict(groups=20, particles=50, steps=16, kl_weight=0.5, gamma=0.008, levels=1),
     ("mpsa", "default"): dict(groups=100, particles=100, steps=32, kl_weight=0.5, gamma=0.008, levels=1),
