@@ -531,7 +531,7 @@ def test_bad_reward_ends_in_one_sentence(reward, capsys):
 
 BAD_FLAGS = ["--children 0", "--steps 1", "--problem ring", "--search best", "--discount 1.5", "--discount 0",
              "--kl -1", "--kl-weight nan", "--m-step both", "--value exact", "--problem coarse --guided", "--rounds 0",
-             "--quick --paper", "--device cuda:99", "--samples 1", "--lr 0", "--no-such-flag"]
+             "--quick --paper", "--device cuda:99", "--samples 1", "--subsamples 1", "--lr 0", "--no-such-flag"]
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
