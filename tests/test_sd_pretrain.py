@@ -194,10 +194,10 @@ def test_clip_score_equals_that_of_transformers(clips):
 
 def test_images_show_what_the_prompt_says(animals, clips):
     prompts = [pre.caption(name) for name in pre.ANIMALS]
-    for name, clip in clips.items():
-        score = pre.clip_images(clip, animals) @ pre.clip_text(clip, prompts).T
+    for name, least in (("clip_eval", 0.7), ("clip_reward", 0.15)):  # the reward's artist is a third one; chance: 0.02
+        score = pre.clip_images(clips[name], animals) @ pre.clip_text(clips[name], prompts).T
         right, order = score.diagonal(), torch.roll(score, 1, 1).diagonal()
-        assert (score.argmax(1) == torch.arange(45)).float().mean() > 0.5, name  # chance: 1 / 45
+        assert (score.argmax(1) == torch.arange(45)).float().mean() > least, name
         assert (right > order).float().mean() > 0.85, name
 
 
