@@ -1078,6 +1078,8 @@ def main(args):
     """Train (or load) the networks of a world, measure them -> {row name: estimate}."""
     start, out = time.perf_counter(), results_folder(args, "dna_pretrain")
     folder, name = args.checkpoints or out, "data" if args.data else args.world
+    if folder.exists() and not folder.is_dir():
+        fail(f"{folder} is a file, not a folder of networks.")
     if name == "mpsa":
         train_splice(splice_law(args.device), args, folder)
     else:
