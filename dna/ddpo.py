@@ -78,7 +78,7 @@ METHOD = "ddpo"
 PRESETS = {  # what the size flags default to
     "quick": dict(iterations=3, trajectories=16, updates=2, batch=8, steps=8, samples=24, levels=2),
     "hepg2": dict(iterations=60, trajectories=128, updates=8, batch=128, steps=32, samples=640, levels=8),
-    "mpsa": dict(iterations=60, trajectories=500, updates=8, batch=500, steps=16, samples=4000, levels=9),
+    "mpsa": dict(iterations=60, trajectories=300, updates=8, batch=300, steps=12, samples=2000, levels=9),
     "paper": dict(iterations=200, trajectories=256, updates=16, batch=256, steps=128, samples=640, levels=128),
 }
 SETTINGS = dict(hepg2=dict(kl_weight=0.5, lr=1e-3), mpsa=dict(kl_weight=0.5, lr=1e-3))

@@ -81,8 +81,8 @@ MOTIFS = {  # JASPAR 2026 (CC BY 4.0), letters per thousand sites: rows A, C, G,
 METHOD = "draft"
 PRESETS = {  # what the size flags default to
     "quick": dict(iterations=3, batch=8, steps=8, truncate=3, samples=24, levels=2),
-    "hepg2": dict(iterations=150, batch=32, steps=32, truncate=12, samples=640, levels=8),
-    "mpsa": dict(iterations=300, batch=128, steps=16, truncate=12, samples=4000, levels=9),
+    "hepg2": dict(iterations=120, batch=32, steps=32, truncate=12, samples=640, levels=8),
+    "mpsa": dict(iterations=120, batch=128, steps=12, truncate=8, samples=2000, levels=9),
     "paper": dict(iterations=1000, batch=128, steps=128, truncate=50, samples=640, levels=128),
 }
 SETTINGS = dict(hepg2=dict(kl_weight=0.5, lr=1e-3), mpsa=dict(kl_weight=0.5, lr=1e-3))

@@ -176,7 +176,7 @@ KL_BUGS = {
 
 @pytest.mark.parametrize("bug", KL_BUGS)
 def test_planted_bug_of_the_kl_is_caught(bug):
-    assert relaxed_kl_z(planted("dna/draft.py", KL_BUGS[bug]), 1) > 5
+    assert relaxed_kl_z(planted("dna/draft.py", KL_BUGS[bug]), 3 if "chance" in bug else 1) > 5
 
 
 def test_gradient_reaches_the_steps_it_should():
@@ -292,10 +292,10 @@ def trained(module, kl_weight, iterations, lr, **options):
 
 UPDATE = dict(draft="drakes_update", ddpo="policy_update")
 METHODS = {
-    "draft": (draft, 200, 0.05, dict(batch=200, truncate=3, temperature=1.0, soft=False)),
-    "draft, soft": (draft, 200, 0.05, dict(batch=200, truncate=3, temperature=1.0, soft=True)),
-    "draft, truncated": (draft, 200, 0.05, dict(batch=200, truncate=1, temperature=1.0, soft=False)),
-    "ddpo": (ddpo, 40, 0.05, dict(trajectories=500, updates=4, batch=500, clip=0.2)),
+    "draft": (draft, 60, 0.15, dict(batch=200, truncate=3, temperature=1.0, soft=False)),
+    "draft, soft": (draft, 60, 0.15, dict(batch=200, truncate=3, temperature=1.0, soft=True)),
+    "draft, truncated": (draft, 60, 0.15, dict(batch=200, truncate=1, temperature=1.0, soft=False)),
+    "ddpo": (ddpo, 25, 0.1, dict(trajectories=500, updates=4, batch=500, clip=0.2)),
 }
 
 
@@ -307,7 +307,7 @@ def test_objective_comes_close_to_log_z(method):
     reward = R[(every_path()[0] * 4 ** torch.arange(2, -1, -1)).sum(1)]
     start, best = (p @ reward).item(), (p @ reward.exp()).log().item()  # with a = 1
     mean, kl = trained(module, 1.0, iterations, lr, **options)
-    assert best > start + 0.3
+    assert best > start + 0.25
     share = (mean - kl - start) / (best - start)
     assert (0.9 if "ddpo" in method else 0.5) < share < 1 + 1e-6, share
     freely, far = trained(module, 0.0, iterations, lr, **options)
