@@ -282,7 +282,7 @@ def run_methods(problem, base, abar, args, rng):
                 draft_1=(1, 0.0))
     nets, histories = {}, {}
     for method, (horizon, kl_weight) in runs.items():
-        iterations = args.iterations if kl_weight else max(1, args.iterations // 4)
+        iterations = args.iterations if kl_weight else max(2, args.iterations // 4)
         run = draft(problem, base, abar, rng, kl_weight, horizon, args.epochs, iterations, args.batch, args.lr,
                     args.clip)
         out = follow(f"{problem.name}: {method}", run, problem, args.kl_weight, args.patience if kl_weight else None)
