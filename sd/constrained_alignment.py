@@ -30,7 +30,9 @@ Algorithm (Algorithm 1 of the paper, by back-propagation through the sampler)
        4. repeat; what is returned are averages over the last quarter, of adapter and multipliers     `train_adapter`
        `equal` gives every reward the same weight, as a penalty method does, of the same sum.
 
-What you should see: WHAT_YOU_SEE
+What you should see: the multipliers rise, circle and settle; at their average the constrained rewards stand at their
+thresholds or, where one comes along with another, above. Equal weights of the same sum overshoot what is cheap in KL
+and fall short of what is dear. The KL is a few times that of the best model, which no adapter is.
 To try: --dual nupi; --threshold 4 4 --problem learned: more than the base model's images have.
 """
 import argparse
@@ -75,7 +77,7 @@ def parse_args(argv=None):
     parser.add_argument("--problem", nargs="+", choices=list(THRESHOLDS), default=list(THRESHOLDS))
     parser.add_argument("--threshold", nargs="+", type=positive(float), help="those of the one --problem, in its order")
     parser.add_argument("--dual", choices=["ascent", "nupi"], default="ascent")
-    parser.add_argument("--dual-lr", type=positive(float), default=0.5, help="step of the multipliers")
+    parser.add_argument("--dual-lr", type=positive(float), default=0.25, help="step of the multipliers")
     parser.add_argument("--weight", type=positive(float), help="of every reward in the row `equal`; default: same sum")
     args = parser.parse_args(argv)
     check_training_flags(parser, args)
@@ -471,15 +473,16 @@ def pair_distance(unit):
 # ---- the figure ------------------------------------------------------------------------------------------------------
 
 TITLES = {"base": "base", "constrained": "constrained", "equal": "equal weights"}
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+COLORS = ("#0072B2", "#D55E00", "#000000", "#CC79A7", "#E69F00")
 
 
 def draw_problems(path, args, problems, base, results, traces, rows):
     """For every problem: images from the same noise; rewards with their thresholds, multipliers and KL in training."""
     value = {r["name"]: r["estimate"] for r in rows}
-    figure = plt.figure(figsize=(10, 5.6 * len(problems)))
+    figure = plt.figure(figsize=(10, 4.7 * len(problems)))
     for part, problem in zip(figure.subfigures(len(problems), 1, squeeze=False)[:, 0], problems):
-        grid = part.add_gridspec(4, 3, height_ratios=[1, 1, 1, 2.2])
+        grid = part.add_gridspec(4, 3, height_ratios=[1, 1, 1, 3], hspace=0.3, top=0.93, bottom=0.12, left=0.1,
+                                 right=0.98)
         draw_lines(part, grid, args, {"base": base, **results[problem.name]}, TITLES)
         panels = [part.add_subplot(grid[3, k]) for k in range(3)]
         for key, color in zip(problem.thresholds | problem.objective, COLORS):
@@ -489,16 +492,15 @@ def draw_problems(path, args, problems, base, results, traces, rows):
                 panels[0].axhline(problem.thresholds[key], color=color, linestyle=":")
                 panels[1].plot(smoothed(traces[problem.name]["constrained"], f"dual_{key}", 1), color=color)
                 panels[1].axhline(value[f"tilt.{problem.name}.dual_{key}"], color=color, linestyle=":")
-            panels[2].plot([], [], color=color, label=key)
+            panels[0].plot([], [], color=color, label=key)
         for method, style in (("equal", "--"), ("constrained", "-")):
-            panels[2].plot(smoothed(traces[problem.name][method], "kl", 9), style, color="black", linewidth=1)
-        panels[2].axhline(value[f"tilt.{problem.name}.kl"], color="black", linestyle=":")
-        panels[2].legend(fontsize=7)
+            panels[2].plot(smoothed(traces[problem.name][method], "kl", 9), style, color="#555555", linewidth=1)
+        panels[2].axhline(value[f"tilt.{problem.name}.kl"], color="#555555", linestyle=":")
+        panels[0].legend(fontsize=7)
         for ax, title in zip(panels, ("rewards: equal dashed, threshold dotted", "multipliers, best model's dotted",
                                       "KL, nats: equal dashed, least dotted")):
             ax.set_title(f"{problem.name}: {title}", fontsize=8)
             ax.set_xlabel("round", fontsize=8)
-    figure.subplots_adjust()
     save_figure(figure, path)
 
 
@@ -685,8 +687,8 @@ def draw_lines(figure, grid, args, results, titles):
         ax.set_ylabel(titles[method], rotation=0, ha="right", va="center")
         for side in ax.spines.values():
             side.set_visible(False)
-        if line == 0:
-            ax.set_title("     ".join(args.prompts[:shown]), fontsize=9)
+        for k, prompt in enumerate(args.prompts[:shown] if line == 0 else ()):
+            ax.text((k + 0.5) * images[0].shape[2], -4, prompt, ha="center", va="bottom", fontsize=8)
 
 
 def smoothed(trace, key, width=5):

@@ -31,7 +31,8 @@ Algorithm
        4. Adam on the LoRA weights; what is returned is their average over the last quarter     `train_adapter`
        The gradient of the KL is whole: that of each step's mean, and, by 2., that of how often its points are visited.
 
-What you should see: WHAT_YOU_SEE
+What you should see: without KL the reward passes one standard deviation above the base model within some 20 rounds; the
+columns kl, diversity and clip_eval_change say at what price. With KL the gain is smaller, at a small part of the nats.
 To try: --clip-range 1e-4, the paper's, which averages log_p over the latent: what share is clipped (numbers.json)?
 """
 import argparse
@@ -70,7 +71,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 def parse_args(argv=None):
     parser = common_parser(__doc__)
     model_flags(parser, PROMPTS, [("clip", 1.0)])
-    training_flags(parser, 1e-3)
+    training_flags(parser, 3e-3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--kl-weight", type=positive(float), default=0.05, help="of the method with KL")
     parser.add_argument("--per-prompt", type=positive(int), default=8, help="images of a prompt in a batch, or more")
@@ -614,17 +615,17 @@ COLORS = {"base": "#555555", "ddpo": "#D55E00", "ddpo_kl": "#0072B2"}
 def draw_adapters(path, args, world, rows, results, traces):
     """A line of images for each method, from the same noise; training curves; gain against KL and what is lost."""
     value = {r["name"]: (r["estimate"], r["se"] or 0) for r in rows}
-    figure = plt.figure(figsize=(10, 1.05 * len(results) + 3))
-    grid = figure.add_gridspec(len(results) + 1, 4, height_ratios=[1] * len(results) + [2.4])
+    figure = plt.figure(figsize=(10, 0.72 * len(results) + 2.8))
+    grid = figure.add_gridspec(len(results) + 1, 4, height_ratios=[1] * len(results) + [3.4])
     draw_lines(figure, grid, args, results, TITLES)
     panels = [figure.add_subplot(grid[-1, k]) for k in range(4)]
     for method, trace in traces.items():
         panels[0].plot(smoothed(trace, "gain"), color=COLORS[method], linewidth=1)
-    for method in results:
+    for method, marker in zip(results, "osD^v*"):
         gain = value[f"{method}.all.gain"]
         for ax, key in zip(panels[1:], ("kl", "clip_eval", "diversity")):
             other = value[f"{method}.all.{key}"]
-            ax.errorbar(gain[0], other[0], 2 * other[1], 2 * gain[1], marker="o", color=COLORS[method], capsize=2,
+            ax.errorbar(gain[0], other[0], 2 * other[1], 2 * gain[1], marker=marker, color=COLORS[method], capsize=2,
                         label=TITLES[method], linestyle="none")
     base = weighted_gain(world, args, results["base"])
     tilts = [(base * scale).softmax(1) for scale in torch.linspace(0, 3, 31)]
@@ -649,8 +650,8 @@ def draw_lines(figure, grid, args, results, titles):
         ax.set_ylabel(titles[method], rotation=0, ha="right", va="center")
         for side in ax.spines.values():
             side.set_visible(False)
-        if line == 0:
-            ax.set_title("     ".join(args.prompts[:shown]), fontsize=9)
+        for k, prompt in enumerate(args.prompts[:shown] if line == 0 else ()):
+            ax.text((k + 0.5) * images[0].shape[2], -4, prompt, ha="center", va="bottom", fontsize=8)
 
 
 def smoothed(trace, key, width=5):

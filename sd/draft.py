@@ -544,17 +544,17 @@ COLORS = {"base": "#555555", "draft_1": "#CC79A7", "truncated": "#E69F00", "trun
 def draw_adapters(path, args, world, rows, results, traces):
     """A line of images for each method, from the same noise; training curves; gain against KL and what is lost."""
     value = {r["name"]: (r["estimate"], r["se"] or 0) for r in rows}
-    figure = plt.figure(figsize=(10, 1.05 * len(results) + 3))
-    grid = figure.add_gridspec(len(results) + 1, 4, height_ratios=[1] * len(results) + [2.4])
+    figure = plt.figure(figsize=(10, 0.72 * len(results) + 2.8))
+    grid = figure.add_gridspec(len(results) + 1, 4, height_ratios=[1] * len(results) + [3.4])
     draw_lines(figure, grid, args, results, TITLES)
     panels = [figure.add_subplot(grid[-1, k]) for k in range(4)]
     for method, trace in traces.items():
         panels[0].plot(smoothed(trace, "gain"), color=COLORS[method], linewidth=1)
-    for method in results:
+    for method, marker in zip(results, "osD^v*"):
         gain = value[f"{method}.all.gain"]
         for ax, key in zip(panels[1:], ("kl", "clip_eval", "diversity")):
             other = value[f"{method}.all.{key}"]
-            ax.errorbar(gain[0], other[0], 2 * other[1], 2 * gain[1], marker="o", color=COLORS[method], capsize=2,
+            ax.errorbar(gain[0], other[0], 2 * other[1], 2 * gain[1], marker=marker, color=COLORS[method], capsize=2,
                         label=TITLES[method], linestyle="none")
     base = weighted_gain(world, args, results["base"])
     tilts = [(base * scale).softmax(1) for scale in torch.linspace(0, 3, 31)]
@@ -579,8 +579,8 @@ def draw_lines(figure, grid, args, results, titles):
         ax.set_ylabel(titles[method], rotation=0, ha="right", va="center")
         for side in ax.spines.values():
             side.set_visible(False)
-        if line == 0:
-            ax.set_title("     ".join(args.prompts[:shown]), fontsize=9)
+        for k, prompt in enumerate(args.prompts[:shown] if line == 0 else ()):
+            ax.text((k + 0.5) * images[0].shape[2], -4, prompt, ha="center", va="bottom", fontsize=8)
 
 
 def smoothed(trace, key, width=5):
