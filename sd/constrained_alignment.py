@@ -31,8 +31,8 @@ Algorithm (Algorithm 1 of the paper, by back-propagation through the sampler)
        `equal` gives every reward the same weight, as a penalty method does, of the same sum.
 
 What you should see: the multipliers rise, circle and settle; at their average the constrained rewards stand at their
-thresholds or, where one comes along with another, above. Equal weights of the same sum overshoot what is cheap in KL
-and fall short of what is dear. The KL is a few times that of the best model, which no adapter is.
+thresholds or, where one comes along with another, above. Compare `equal`, in the column violation, and the KL of the
+best of all models, in the row tilt.
 To try: --dual nupi; --threshold 4 4 --problem learned: more than the base model's images have.
 """
 import argparse

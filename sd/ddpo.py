@@ -32,7 +32,7 @@ Algorithm
        The gradient of the KL is whole: that of each step's mean, and, by 2., that of how often its points are visited.
 
 What you should see: without KL the reward passes one standard deviation above the base model within some 20 rounds; the
-columns kl, diversity and clip_eval_change say at what price. With KL the gain is smaller, at a small part of the nats.
+columns kl, diversity and clip_eval_change say at what price, and the row ddpo_kl what the KL keeps of both.
 To try: --clip-range 1e-4, the paper's, which averages log_p over the latent: what share is clipped (numbers.json)?
 """
 import argparse
