@@ -4,14 +4,13 @@ Paper: Kim, Kim and Park, "Test-time Alignment of Diffusion Models without Rewar
 arXiv 2501.05803. Draws the counterpart of its Fig. 2: the reward that is optimised against a reward that is not and
 against diversity. The sampler, from `per_particle` to `das`, is the text of toy/das.py; only the world differs.
 
-Run    python sd/das.py                                  miniature model, CLIP score of the prompt  TIME_DEFAULT
-       python sd/das.py --quick                          the same, coarse                           TIME_QUICK
-       python sd/das.py --reward jpeg                    compressibility: no gradient, plain SMC    TIME_JPEG
+Run    python sd/das.py                                  miniature model, CLIP score of the prompt  3 CPU minutes
+       python sd/das.py --quick                          the same, coarse                           15 CPU seconds
+       python sd/das.py --reward jpeg                    compressibility: no gradient, plain SMC
        python sd/das.py --reward saturation=1 contrast=0.5             several rewards, weighted
-       python sd/das.py --online ucb                     black box: a surrogate learned from queries  TIME_ONLINE
-       python sd/das.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reward aesthetic --device cuda --paper
-                        --dtype bfloat16 --clip openai/clip-vit-large-patch14
-                        --clip-eval laion/CLIP-ViT-H-14-laion2B-s32B-b79K     not run here: no GPU at hand
+       python sd/das.py --online ucb --reward jpeg       black box: a surrogate learned from queries
+On a GPU, not run for want of one: --model stable-diffusion-v1-5/stable-diffusion-v1-5 --device cuda --dtype bfloat16
+--paper --reward aesthetic --clip openai/clip-vit-large-patch14 --clip-eval laion/CLIP-ViT-H-14-laion2B-s32B-b79K
 
 Notation (here -> paper)
        kl_weight -> alpha    reward temperature. The flag counts in standard deviations of the reward under the base
@@ -30,7 +29,11 @@ Algorithm (`das`; the particles of a group interact and give one image, groups a
        5. weight: log_w += new twist - old twist + log p - log q                             `log_ratio`
        6. the last twist is the reward of x_0 itself: exact in the limit of many particles
 
-What you should see: WHAT_YOU_SEE
+What you should see (seed 0): DAS raises the reward from -0.10 +- 0.07 of the base model to 1.01 +- 0.07 standard
+deviations, guidance alone to 0.38 +- 0.05, best of 16 to 1.20 +- 0.06: more than the target, whose mean is 0.99 +- 0.03.
+Every log Z is within 1.3 standard errors of that of many base samples. The CLIP score that nobody optimised is
+0.842 +- 0.004 against 0.830 +- 0.003. Diversity falls to 70%, as it does in the target (importance resampling: 78%):
+this reward likes bees from the side and cats that sit.
 To try: --kl-weight 0.2 (over-optimisation?), --max-shift inf (the paper's proposal), --particles 4, --temper adaptive.
 """
 import argparse
@@ -64,7 +67,7 @@ PRESETS = {  # what the size flags default to
 }
 SCHEMES = ("systematic", "stratified", "multinomial", "residual", "ssp")
 REWARDS = ("jpeg", "saturation", "contrast", "clip", "pickscore", "aesthetic")
-PROMPTS = ["a photo of a cat", "a photo of a horse", "a photo of a fish", "a photo of a butterfly"]
+PROMPTS = ["a photo of a cat", "a photo of a tiger", "a photo of a frog", "a photo of a bee"]
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -871,7 +874,8 @@ def draw_panels(path, args, rows, results):
     height, width = lines[0].shape[1], lines[0].shape[2] / shown
     ax = figure.add_subplot(grid[0, :])
     ax.imshow(torch.cat(lines, 1).permute(1, 2, 0).numpy(), interpolation="bicubic")
-    ax.set_yticks([(k + 0.5) * height for k in range(len(methods))], [TITLES[m].format(args.particles) for m in methods])
+    titles = [TITLES[method].format(args.particles) for method in methods]
+    ax.set_yticks([(k + 0.5) * height for k in range(len(methods))], titles)
     ax.set_xticks([(k + 0.5) * width for k in range(shown)], args.prompts[:shown])
     ax.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
     for side in ax.spines.values():
@@ -894,8 +898,11 @@ def draw_panels(path, args, rows, results):
     right.set(xlabel="step", ylim=(0, 1.05))
     right.legend(fontsize=7)
     figure.tight_layout()
-    write_atomically(path, lambda part: figure.savefig(part, dpi=100))  # photographs bear no palette
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
     plt.close(figure)
+    picture = Image.open(buffer).convert("RGB").quantize(256)  # twice the palette of plain figures, for the images
+    write_atomically(path, lambda part: picture.save(part, optimize=True))
 
 
 # ---- shared: command line and files ----------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_noise_in_chunks_and_with_a_prompt_for_each_latent(pipe):
     whole = noise_and_gradient(None)
     for chunk in (1, 2):
         for a, b in zip(noise_and_gradient(chunk), whole):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     alone = noise_and_gradient(None, cond=cond[1:2])[0]  # the second prompt for all latents
     torch.testing.assert_close(alone[1], whole[0][1], rtol=1e-4, atol=1e-5)
     assert (alone[0] - whole[0][0]).abs().max() > 0.01
@@ -297,10 +297,11 @@ def test_quick_run(tmp_path, capsys):
     assert 0 < numbers["vae.emoji.pixel_error"] < 1 and 0 < numbers["unet.emoji.noise_loss"] < 2
     record = json.loads((tmp_path / "sd_pretrain/numbers.json").read_text())
     assert [r["name"] for r in record["rows"]] == list(numbers)
-    pipe = pre.load_pipeline(tmp_path / "sd_pretrain/mini")
     files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix != ".md")
              for folder in (tmp_path / "sd_pretrain/mini", MINI)]
-    assert files[0] == files[1] and pipe.unet.config == pre.load_pipeline(MINI).unet.config
+    assert files[0] == files[1]
+    for name in [name for name in files[0] if name.endswith("/config.json") and not name.startswith("vae")]:
+        assert (tmp_path / "sd_pretrain/mini" / name).read_text() == (MINI / name).read_text()
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
