@@ -1,7 +1,7 @@
 """toy/dav.py: closed forms, exact recursions on the grid, z-scores of the search, and the M-step on a known optimum.
 
 The z-scores are of unnormalised averages over independent populations, Z_g (sum_n w_gn f(x_gn) - E[f]), which are
-unbiased at any size of the population; so |z| > 5 is a bug. False alarms: `python tests/test_dav.py 300`: FALSE_ALARMS
+unbiased at any size of the population; so |z| > 5 is a bug. `python tests/test_dav.py 300` counts false alarms.
 """
 import json
 import math
@@ -111,7 +111,7 @@ def test_kernels_on_the_grid(sigma):
 
 def test_exact_search_tilts_the_law_of_the_sampler():
     """With exact values and no discount the law found is that of the sampler times exp(r / kl_weight)."""
-    problem, abar = dav.make_problem("unequal", "cpu"), dav.search_levels(9)
+    problem, abar = dav.make_problem("unequal", "cpu"), dav.search_levels(6)
     means, sigmas = dav.grid_kernels(problem, abar)
     _, values = dav.grid_round(problem, means, sigmas, means, 2.0)
     base, found = dav.grid_law(problem, means, sigmas), dav.grid_law(problem, means, sigmas, values)
@@ -123,7 +123,7 @@ def test_exact_search_tilts_the_law_of_the_sampler():
 
 
 def test_less_discounted_reward_is_more_reward():
-    problem, abar = dav.make_problem("unequal", "cpu"), dav.search_levels(9)
+    problem, abar = dav.make_problem("unequal", "cpu"), dav.search_levels(6)
     rewards = [dav.grid_rounds(problem, abar, 0, 1.0, discount=g)[1][0].mean_reward for g in (1.0, 0.9, 0.6)]
     base = dav.grid_rounds(problem, abar, 0, 1.0)[0][0].mean_reward
     assert all(a > b + 0.02 for a, b in zip(rewards, [*rewards[1:], base]))
@@ -551,7 +551,7 @@ def test_folder_that_cannot_be_made(capsys, tmp_path):
 
 # ---- the script ------------------------------------------------------------------------------------------------------
 
-TINY = ["--quick", "--problem", "unequal", "--trajectories", "600", "--samples", "600", "--train-steps", "150"]
+TINY = "--quick --steps 8 --problem unequal --trajectories 600 --samples 600 --train-steps 150".split()
 
 
 @pytest.fixture(scope="module")
