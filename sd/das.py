@@ -30,8 +30,8 @@ Algorithm (`das`; the particles of a group interact and give one image, groups a
        6. the last twist is the reward of x_0 itself: exact in the limit of many particles
 
 What you should see (seed 0): DAS raises the reward from -0.10 +- 0.07 of the base model to 1.01 +- 0.07 standard
-deviations, guidance alone to 0.38 +- 0.05, best of 16 to 1.20 +- 0.06: more than the target, whose mean is 0.99 +- 0.03.
-Every log Z is within 1.3 standard errors of that of many base samples. The CLIP score that nobody optimised is
+deviations, guidance alone to 0.38 +- 0.05, best of 16 to 1.20 +- 0.06: more than the target's 0.99 +- 0.03. Every
+log Z is within 1.3 standard errors of that of many base samples. The CLIP score that nobody optimised is
 0.842 +- 0.004 against 0.830 +- 0.003. Diversity falls to 70%, as it does in the target (importance resampling: 78%):
 this reward likes bees from the side and cats that sit.
 To try: --kl-weight 0.2 (over-optimisation?), --max-shift inf (the paper's proposal), --particles 4, --temper adaptive.
