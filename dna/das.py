@@ -4,10 +4,10 @@ Paper: Kim, Kim and Park, "Test-time Alignment of Diffusion Models without Rewar
 arXiv 2501.05803, carried over to masked diffusion, where Pani, Ou and Li, arXiv 2505.22524, have its closest relative.
 Same sampler as toy/das.py: where that shifts a Gaussian, this one tilts the letters that are set.
 
-Run    python dna/das.py                              200 bp elements of HepG2            TIME_DEFAULT
-       python dna/das.py --quick                      the same, coarse                    TIME_QUICK
-       python dna/das.py --world mpsa                 9-mers, everything enumerable       TIME_MPSA
-       python dna/das.py --reward motifs              a reward without gradient           TIME_MOTIFS
+Run    python dna/das.py                              200 bp elements of HepG2            2 to 3 minutes on one CPU core
+       python dna/das.py --quick                      the same, coarse                    10 seconds
+       python dna/das.py --world mpsa                 9-mers, everything enumerable       1 minute
+       python dna/das.py --reward motifs              a reward without gradient           2 minutes
        python dna/das.py --paper --device cuda        128 steps, more particles
        python dna/das.py --data dataset.csv           the papers' data, after python dna/pretrain.py --data dataset.csv
 
@@ -34,7 +34,14 @@ Algorithm (`masked_das`; the particles of a group interact, groups are independe
        The last twist is the reward of the sequence itself: exact in the limit of many particles, for the base model
        at this number of steps. `jump_laws` says what that number costs: many letters in one step are independent.
 
-What you should see: WHAT_YOU_SEE
+What you should see (labels are accessibility): with 8 particles in a group, the median reward by oracle B, which no
+method sees, rises from -2 (base model) over 0 (importance), 2.5 (guidance, 1 particle) and 4.2 (bootstrap) to 7 to 8
+(das); real HepG2 elements have 1.0, their highest tenth 3.9 and more. Diversity stays: 108 edits a pair, base 110. The
+price is over-optimisation: oracle A says 1.8 to 2.0 more than B, for real elements 0.1 less. HNF4A stands in 70 to 78%
+of the results, in 31 to 41% of real HepG2 elements. log Z is not determined at 8 particles: its estimates by
+importance, bootstrap and das differ by far more than their standard errors. mpsa: all of them agree with the
+enumeration, log Z 1.116 at 32 steps and 1.124 in the limit; the error of E[r] falls as N^(-1/2) from 100 particles on,
+and stays at 0.45 and more where the twist is left behind.
 To try: --forecast argmax; --temper none; --max-shift inf; --kl-weight 0.5; --world mpsa --steps 4.
 """
 import argparse
