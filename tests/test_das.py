@@ -451,3 +451,9 @@ if __name__ == "__main__":
           f" of {worst.numel()}, largest |z| {worst.max():.2f}, share of |z| > 2 is {(worst > 2).double().mean():.4f}")
     for name, values in zip(SETTINGS, worst.transpose(0, 1)):
         print(f"{name}: largest |z| {values.max():.2f}, false alarms {(values.amax(1) > 5).sum()} of {seeds}")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_a_few_training_steps_are_enough_to_run(steps):
+    net = das.train_denoiser(das.make_problem("gmm", 1.0, "cpu").data.sample, das.noise_levels(), steps, generator(0))
+    assert net(torch.zeros(3, 2), 0.5).isfinite().all()

@@ -512,7 +512,8 @@ def train_denoiser(sample, abar, steps, rng, width=96, batch=2048, lr=8e-3):
     net = Denoiser(x0.mean(0), (x0 - x0.mean(0)).std(), width, rng)
     levels = torch.tensor(abar, device=rng.device, dtype=x0.dtype)
     optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    # at least 21: with fewer, the warm-up has no step, and OneCycleLR divides by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 21), pct_start=0.05)
     for step in range(steps):
         optimizer.zero_grad()
         velocity_loss(net, sample(batch, rng), levels, rng).mean().backward()
