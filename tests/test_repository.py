@@ -174,7 +174,7 @@ def test_records_belong_to_the_scripts(path):
     folder, name = path.parent.parent.name, path.stem.rsplit("_seed", 1)[0]
     script = max((s for s in SCRIPTS if f"{folder}/{name}_".startswith(s.removesuffix(".py") + "_")), key=len)
     record = json.loads(path.read_text())
-    assert set(record["args"]) == set(vars(load(script).parse_args([])))
+    assert set(record["args"]) == set(vars(load(script).parse_args([]))) and record["args"]["out"] == "out"
     names = [r["name"] for r in record["rows"]]
     assert len(names) == len(set(names)) and all(re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)+", n) for n in names)
 
