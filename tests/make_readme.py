@@ -123,8 +123,79 @@ def alignment_reference():
                   "multiplier, network", "exact", "KL", "exact"], lines)
 
 
+def msdda_reference():
+    """Sliced W2 at weights (1/2, 1/2) and averaged over all weights, as multiples of the floor's."""
+    runs, lines = records("toy/msdda"), []
+    labels = dict(target="exact samples", oracle="tuned for each weight", msdda_smc="MSDDA with C_t", msdda="MSDDA",
+                  blend="blend of noise predictions", switch="switching", rgg="reward gradients (RGG)",
+                  code="best of 20 by blocks (CoDe)", soup="Rewarded Soup", soup_factor="soup of LoRA factors")
+    for method, label in labels.items():
+        cells = [spread(runs, f"{method}.{score}.sw2_w50_50") for score in ("exact", "mlp")]
+        lines.append([label, *cells, spread(runs, f"{method}.mlp.reward_1_w50_50"),
+                      spread(runs, f"{method}.mlp.reward_2_w50_50"), spread(runs, f"{method}.mlp.network_evaluations")])
+    lines.append(["exact", "0", "0", *(exact(runs, f"target.mlp.reward_{i}_w50_50") for i in (1, 2)), ""])
+    return table(["method, weights (1/2, 1/2)", "sliced W2, exact scores", "networks", "E[r1], networks", "E[r2]",
+                  "evaluations, all weights"], lines)
+
+
+def dav_reference():
+    runs, lines = records("toy/dav"), []
+    labels = dict(pretrained="pretrained", dav="DAV, 8 rounds", posterior="DAV posterior", dav_kl="DAV-KL, 8 rounds")
+    for problem in ("equal", "unequal"):
+        for method, label in labels.items():
+            name = f"{method}.{problem}"
+            lines.append([problem, label, spread(runs, f"{name}.mean_reward"), exact(runs, f"{name}.mean_reward"),
+                          spread(runs, f"{name}.mode_error"), spread(runs, f"{name}.spread"),
+                          exact(runs, f"{name}.spread"), spread(runs, f"{name}.emd"),
+                          spread(runs, f"{name}.emd_floor")])
+    return table(["reward", "method", "E[r]", "exact", "largest error of a mode's mass", "spread", "exact", "EMD",
+                  "floor"], lines)
+
+
+def baselines_reference():
+    lines = []
+    labels = {"toy/guidance": dict(guidance_published="guidance, published form", guidance_scaled="guidance, scaled",
+                                   guidance_tempered="guidance, tempered", guidance_tuned="guidance, tuned"),
+              "toy/ddpo": dict(ddpo="DDPO with KL", ddpo_no_kl="DDPO", ddpo_no_kl_stopped="DDPO, early stop"),
+              "toy/draft": dict(draft="DRaFT with KL", draft_truncated="DRaFT with KL, truncated",
+                                draft_no_kl="DRaFT", draft_no_kl_stopped="DRaFT, early stop", draft_1="DRaFT-1")}
+    for problem in ("gmm", "gmm2"):
+        for script, methods in labels.items():
+            runs = records(script)
+            for method, label in methods.items():
+                keys = ("mean_reward", "terminal_objective", "path_objective", "emd", "mode_l1")
+                lines.append([problem, label, *(spread(runs, f"{method}.{problem}.{key}") for key in keys)])
+        runs = records("toy/ddpo")
+        lines.append([problem, "optimum, exact samples", exact(runs, f"ddpo.{problem}.mean_reward"),
+                      *[exact(runs, f"ddpo.{problem}.path_objective")] * 2, spread(runs, f"target.{problem}.emd"),
+                      spread(runs, f"target.{problem}.mode_l1")])
+    return table(["problem", "method", "E[r]", "objective, law of x", "objective, path", "EMD", "mode L1"], lines)
+
+
+def compare_reference():
+    """One record: its se is the standard deviation over three seeds."""
+    rows, lines = records("toy/compare")[0], []
+    labels = dict(pretrained="pretrained", target="exact samples", guidance="guidance, tuned", das="DAS",
+                  ddpo_no_kl="DDPO", ddpo="DDPO + KL", draft_no_kl="DRaFT", draft="DRaFT + KL", draft_1="DRaFT-1",
+                  dav="DAV", dav_kl="DAV-KL", posterior="DAV posterior")
+
+    def cell(r, digits):
+        return f"{r['estimate']:.{digits}f} ± {r['se']:.{digits}f}"
+
+    for problem in ("gmm", "gmm2", "equal", "unequal"):
+        for method, label in labels.items():
+            if f"{method}.{problem}.emd" in rows:
+                digits = dict(mean_reward=2, emd=2, modes=1, coverage=2, spread=2)
+                lines.append([problem, label, *(cell(rows[f"{method}.{problem}.{k}"], n) for k, n in digits.items()),
+                              f"{rows[f'{method}.{problem}.evaluations']['estimate'] / 1e6:.1f}",
+                              f"{rows[f'{method}.{problem}.seconds']['estimate']:.0f}"])
+    return table(["problem", "method", "E[r]", "EMD", "modes", "coverage", "spread", "million evaluations", "seconds"],
+                 lines)
+
+
 TABLES = {"das": das_reference, "das methods": das_methods, "and": and_reference, "and samplers": and_samplers,
-          "or": or_reference, "alignment": alignment_reference}
+          "or": or_reference, "alignment": alignment_reference, "msdda": msdda_reference, "dav": dav_reference,
+          "baselines": baselines_reference, "compare": compare_reference}
 
 
 def fill(text):

@@ -4,9 +4,9 @@ Papers: figure.png is the comparison of Kim, Kim and Park (DAS), arXiv 2501.0580
 counterpart of Lee et al. (DAV), arXiv 2510.00502, Fig. 2. Every problem has an exact target, so that a method is judged
 by its distance from it and not by its reward alone: the highest reward of all belongs to methods that have collapsed.
 
-Run    python toy/compare.py               four problems, three seeds      TIME_DEFAULT
-       python toy/compare.py --quick       one seed, coarse                TIME_QUICK
-       python toy/compare.py --problem gmm2 --seeds 1                      TIME_ONE
+Run    python toy/compare.py               four problems, three seeds      14 CPU minutes, 7 minutes on 2 cores
+       python toy/compare.py --quick       one seed, coarse                20 seconds
+       python toy/compare.py --problem gmm2 --seeds 1                      1 minute
 
 Problems  gmm, gmm2        the mixtures and quadratic rewards of DAS, kl_weight 1
           equal, unequal   eight modes on a ring, four of them rewarded, kl_weight 1/2: what eight rounds of DAV at
@@ -22,7 +22,11 @@ Table     E[r]; emd between 500 samples and 500 exact ones; modes: how many of t
           what is left of it after a collapse is the share of the modes that survive; spread: standard deviation within
           a mode; evaluations of the network at one point, training and sampling; seconds of one core
 
-What you should see: WHAT_YOU_SEE
+What you should see (± is the standard deviation over three seeds): on gmm2 the EMD is 0.27 for exact samples, 0.29 for
+DAS, 0.5 for guidance, 0.6 and 1.0±0.7 for DDPO and DRaFT with KL, 3.1 without, where all samples end in one point
+between the modes. On the ring DDPO and DRaFT without KL pass the target's reward and lose modes and spread; DAV and
+DAV posterior stop at the target: coverage 0.93±0.02 and 0.97±0.01 on `unequal`, E[r] 3.48 and 3.56 (exact 3.58). DDPO
+with KL comes close; DRaFT with KL does not on the ring: its gradient through 30 steps rarely sees the other modes.
 To try: --problem unequal --seeds 1, then look at what DDPO without KL does to the smallest mode, epoch by epoch.
 """
 import concurrent.futures
