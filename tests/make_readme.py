@@ -25,6 +25,8 @@ def spread(runs, name, digits=3):
         return ""
     if isinstance(values[0], int):
         return f"{values[0]:,}"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f} (one seed)"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
@@ -193,9 +195,40 @@ def compare_reference():
                  lines)
 
 
+def dna_base():
+    runs, lines = records("dna/pretrain"), []
+    for method, label in dict(markov0="Markov chain, order 0", markov3="order 3", markov5="order 5",
+                              base="the masked diffusion model").items():
+        lines.append([label, *(f"{runs[0][f'{method}.hepg2.bound_{part}']['estimate']:.4f} ± "
+                               f"{runs[0][f'{method}.hepg2.bound_{part}']['se']:.4f}" for part in ("chr2", "chr1"))])
+    return table(["held-out elements, nats per letter (± standard error)", "chromosome 2", "chromosome 1"], lines)
+
+
+def dna_das():
+    runs, lines = records("dna/das"), []
+    for method, label in dict(real_hepg2="real HepG2 elements", real_other="real elements of other cells",
+                              random="random letters", pretrained="base model", importance="importance resampling",
+                              guidance="guidance, 1 particle", bootstrap="bootstrap SMC", das="DAS").items():
+        name = f"{method}.hepg2"
+        lines.append([label, *(spread(runs, f"{name}.{key}", digits) for key, digits in dict(
+            activity=2, held_out=2, accessible=2, kmer3_correlation=2, diversity=1, motif_hnf4a=2,
+            motif_spi1=2).items())])
+    return table(["elements", "oracle A (the reward)", "oracle B", "accessible", "3-mers", "diversity", "HNF4A", "SPI1"],
+                 lines)
+
+
+def sd_das():
+    runs, lines = records("sd/das"), []
+    for method, label in dict(base="base", best_of_n="best of 16", importance="importance resampling",
+                              guidance="guidance", das="DAS").items():
+        lines.append([label, *(spread(runs, f"{method}.all.{key}") for key in ("gain", "clip_eval", "diversity"))])
+    return table(["method", "reward, base standard deviations", "CLIP score, the other model", "diversity"], lines)
+
+
 TABLES = {"das": das_reference, "das methods": das_methods, "and": and_reference, "and samplers": and_samplers,
           "or": or_reference, "alignment": alignment_reference, "msdda": msdda_reference, "dav": dav_reference,
-          "baselines": baselines_reference, "compare": compare_reference}
+          "baselines": baselines_reference, "compare": compare_reference, "dna base": dna_base,
+          "dna das": dna_das, "sd das": sd_das}
 
 
 def fill(text):
