@@ -4,9 +4,9 @@ Paper: Lee et al., "Diffusion Alignment as Variational Expectation-Maximization"
 Draws what its Fig. 5 reports for DNA, on accessibility instead of measured activity (figure.png), and, in the
 enumerated world of splice sites, every quantity beside its exact value.
 
-Run    python dna/dav.py                            HepG2 elements: DAV, DAV-KL, DAV posterior     TIME_DEFAULT
-       python dna/dav.py --world mpsa               9-mers, everything enumerated                  TIME_MPSA
-       python dna/dav.py --quick                    in seconds                                     TIME_QUICK
+Run    python dna/dav.py                            HepG2 elements: DAV, DAV-KL, DAV posterior
+       python dna/dav.py --world mpsa               9-mers, everything enumerated
+       python dna/dav.py --quick                    in seconds
        python dna/dav.py --search nested            the E-step with population weights (also: smc)
        python dna/dav.py --proposal base            an E-step that takes no gradient of the reward
        python dna/dav.py --data dataset.csv         the papers' data, after pretrain.py --data; --paper for its sizes
@@ -32,7 +32,7 @@ Algorithm
        The steps of a trajectory are told by two arrays, the sequence and the step that set each letter. Where a child
        equals its parent no network is called.
 
-What you should see: WHAT_YOU_SEE
+What you should see: nothing is recorded yet; the default sizes and rates are first choices, not tuned ones.
 To try: --kl-weight 0.3, --gamma 0.9, --value argmax (the official forecast), --children 2.
 """
 import argparse

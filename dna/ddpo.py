@@ -4,9 +4,9 @@ Paper: Black et al., "Training Diffusion Models with Reinforcement Learning" (DD
 carried over to unmasking; the baseline of Lee et al. (DAV), arXiv 2510.00502, Fig. 5. Draws the training, without and
 with a KL to the base model: comparing with DDPO without one alone would not be fair.
 
-Run    python dna/ddpo.py                           HepG2 elements, without and with KL         TIME_DEFAULT
-       python dna/ddpo.py --world mpsa              9-mers: the exact maximum beside            TIME_MPSA
-       python dna/ddpo.py --quick                   in seconds                                  TIME_QUICK
+Run    python dna/ddpo.py                           HepG2 elements, without and with KL
+       python dna/ddpo.py --world mpsa              9-mers: the exact maximum beside
+       python dna/ddpo.py --quick                   in seconds
        python dna/ddpo.py --data dataset.csv        the papers' data, after pretrain.py --data
        python dna/ddpo.py --resume                  continue an interrupted run
 
@@ -24,7 +24,7 @@ Algorithm (`policy_update`)
        The log probabilities are summed, not averaged, and belong to the letters set in the step alone: whether a place
        is set does not depend on the parameters.
 
-What you should see: WHAT_YOU_SEE
+What you should see: nothing is recorded yet; the default sizes and rates are first choices, not tuned ones.
 To try: --clip 10 (no clipping), --updates 32 (far off policy), --kl-weight 0.1.
 """
 import argparse

@@ -4,9 +4,9 @@ Paper: Wang et al., "Fine-Tuning Discrete Diffusion Models via Reward Optimizati
 Design" (DRAKES), ICLR 2025, arXiv 2410.13643; the masked counterpart of DRaFT (Clark et al. 2024, arXiv 2309.17400) and
 the baseline of Lee et al. (DAV), arXiv 2510.00502, Fig. 5. Draws the training, without and with a KL to the base model.
 
-Run    python dna/draft.py                          HepG2 elements, without and with KL         TIME_DEFAULT
-       python dna/draft.py --world mpsa             9-mers: the exact maximum beside            TIME_MPSA
-       python dna/draft.py --quick                  in seconds                                  TIME_QUICK
+Run    python dna/draft.py                          HepG2 elements, without and with KL
+       python dna/draft.py --world mpsa             9-mers: the exact maximum beside
+       python dna/draft.py --quick                  in seconds
        python dna/draft.py --soft                   relaxed states, as the paper
        python dna/draft.py --data dataset.csv       the papers' data, after pretrain.py --data; --paper for its sizes
        python dna/draft.py --resume                 continue an interrupted run
@@ -28,7 +28,7 @@ Algorithm (`drakes_update`)
        letters at every masked place times the chance of being set: exact at one-hot states. For the steps without
        gradient it is taken at one of them, drawn at random, times their number.
 
-What you should see: WHAT_YOU_SEE
+What you should see: nothing is recorded yet; the default sizes and rates are first choices, not tuned ones.
 To try: --soft, --truncate 2, --temperature 0.3.
 """
 import argparse
@@ -538,7 +538,7 @@ def drakes_update(net, world, args, kl_weight, optimizer, rng):
     (kl_weight * kl - reward).mean().backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
-    return dict(reward=reward.mean().item(), kl=float(torch.as_tensor(kl).mean()), denoiser_calls=rows,
+    return dict(reward=reward.mean().item(), kl=float(torch.as_tensor(kl).detach().mean()), denoiser_calls=rows,
                 oracle_calls=len(x))
 
 

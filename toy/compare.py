@@ -74,7 +74,7 @@ def parse_args(argv=None):
     parser.add_argument("--subsamples", type=das.positive(int), help="EMDs (500 against 500 points) behind each mean")
     parser.add_argument("--train-steps", type=das.positive(int), help="training steps of the pretrained network")
     parser.add_argument("--steps", type=das.positive(int), help="sampling steps of the trained methods, at least 2")
-    parser.add_argument("--jobs", type=das.positive(int), default=os.cpu_count(), help="processes, each with one thread")
+    parser.add_argument("--jobs", type=das.positive(int), default=os.cpu_count(), help="processes of one thread each")
     args = parser.parse_args(argv)
     for name, value in preset(args).items():
         if name in vars(args) and getattr(args, name) is None:
@@ -93,7 +93,7 @@ def preset(args):
 
 
 def make_problem(name, device):
-    """A problem of DAS or of DAV with what the measures need: data, reward, target, log_z, kl_weight, masses, spread."""
+    """A problem of DAS or DAV with what the measures need: data, reward, target, log_z, kl_weight, masses, spread."""
     if name in ("gmm", "gmm2"):
         problem = ddpo.make_problem(name, 1.0, device)
         return types.SimpleNamespace(**vars(problem), kl_weight=1.0)
