@@ -83,6 +83,7 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     "dna/dav.py": FILES | SEQUENCES | JUDGES | RESAMPLING
     | {"gather", "letters_log_p", "refresh", "sample_masked", "save_network", "log_mean_and_se", "dna_parser",
        "open_world"},
+    "dna/compare.py": set(),
     "dna/draft.py": FILES | SEQUENCES | JUDGES | FINE_TUNING,
     "dna/ddpo.py": FILES | SEQUENCES | JUDGES | FINE_TUNING,
 }
