@@ -455,22 +455,22 @@ def sample_trajectories(net, base, n, length, steps, rng):
 
     -> x (n, L); when (n, L), the step that set each letter; log_p (n, L), its log probability then; kl (n,), the KL of
     the kernels from those of `base` at the states that were met, summed over steps, nats: its mean is the KL of the two
-    processes, which is at least that of the laws of x. A masked place is set with probability 1 / step in both. And
-    rows, the calls of `net`.
+    processes, which is at least that of the laws of x, and the mean of log_ratio (n,), log p of the path less that by
+    `base`. A masked place is set with probability 1 / step in both. And rows, the calls of `net`.
     """
     x, kl, rows = torch.full((n, length), MASK, device=rng.device), torch.zeros(n, device=rng.device), 1
-    when, chosen = torch.zeros_like(x), torch.zeros(n, length, device=rng.device)
+    when, chosen, log_ratio = torch.zeros_like(x), torch.zeros(n, length, device=rng.device), torch.zeros_like(kl)
     log_p, base_log_p = (predict(f, x[:1]).expand(n, -1, -1) for f in (net, base))
     for step in range(steps, 0, -1):
         kl = kl + (kl_of_letters(log_p, base_log_p) * (x == MASK)).sum(1) / step
         x, new = unmask(log_p, x, step, rng)
-        letter = log_p.gather(2, x.clamp(max=3)[:, :, None])[:, :, 0]
+        letter, by_base = (f.gather(2, x.clamp(max=3)[:, :, None])[:, :, 0] for f in (log_p, base_log_p))
         when, chosen = torch.where(new, step, when), torch.where(new, letter, chosen)
+        log_ratio = log_ratio + ((letter - by_base) * new).sum(1)
         log_p, due = refresh(net, log_p, x, new)
-        base_log_p, _ = refresh(base, base_log_p, x, new)
+        base_log_p = log_p if base is net else refresh(base, base_log_p, x, new)[0]
         rows += due
-        progress("sampling", steps - step + 1, steps)
-    return dict(x=x, when=when, log_p=chosen, kl=kl, rows=rows)
+    return dict(x=x, when=when, log_p=chosen, kl=kl, log_ratio=log_ratio, rows=rows)
 
 
 class InPrecision:
@@ -543,9 +543,10 @@ def drakes_update(net, world, args, kl_weight, optimizer, rng):
 
 
 def improve_model(update, world, args, kl_weight, folder):
-    """`iterations` of `update` from the base model -> tuned network, [numbers of each], calls of denoiser and oracle.
+    """`iterations` of `update` from the base model -> tuned network, [numbers of each].
 
-    Every ten iterations all that is needed to go on is written to a file of `folder`, for --resume.
+    The learning rate falls linearly to zero: at a constant one the objective stays where the noise of the gradient
+    keeps it. Every ten iterations all that is needed to go on is written to a file of `folder`, for --resume.
     """
     label = METHOD + ("_kl" if kl_weight else "")
     net, part = copy.deepcopy(world.network).requires_grad_(True), folder / f"{label}.part.pt"
@@ -566,6 +567,7 @@ def improve_model(update, world, args, kl_weight, folder):
         if found != settings:
             fail(f"{part} was made with other settings: {found}.")
     for k in range(len(history), args.iterations):
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - k / args.iterations)
         numbers = update(net, world, args, kl_weight, optimizer, rng)
         if not all(math.isfinite(v) for v in numbers.values()):
             fail(f"{label} diverged in iteration {k + 1}: take a lower --lr.")
@@ -574,8 +576,7 @@ def improve_model(update, world, args, kl_weight, folder):
             state = dict(settings=settings, net=net.state_dict(), optimizer=optimizer.state_dict(), rng=rng.get_state(),
                          history=history)
             write_atomically(part, lambda temporary: torch.save(state, temporary))
-        print(f"{label} {k + 1}/{args.iterations}: reward {numbers['reward']:.3f}, KL {numbers['kl']:.2f}",
-              end="\n" if k + 1 == args.iterations else "\r", file=sys.stderr, flush=True)
+        progress(f"{label}, reward {numbers['reward']:.3f}, KL {numbers['kl']:.2f}", k + 1, args.iterations)
     net.requires_grad_(False)
     save_network(folder / f"{label}.safetensors", net, settings)
     return net, history
@@ -745,7 +746,8 @@ def baseline_elements(update, world, args, folder, rng):
                                                                    device=rng.device))
     base = InPrecision(world.network, args.bf16)
     for label, net in models.items():
-        paths = sample_trajectories(InPrecision(net, args.bf16), base, args.samples, world.length, args.steps, rng)
+        run = base if label == "base" else InPrecision(net, args.bf16)
+        paths = sample_trajectories(run, base, args.samples, world.length, args.steps, rng)
         sets[label], calls["denoiser"] = paths["x"], calls["denoiser"] + paths["rows"]
         with torch.no_grad():
             reward = torch.cat([world.reward(part) for part in paths["x"].split(256)])
@@ -765,8 +767,9 @@ def baseline_elements(update, world, args, folder, rng):
 def baseline_splice(update, world, args, folder, rng):
     """The enumerated world: what is reached of the objective, beside its maximum log Z -> rows, calls.
 
-    `target` is p exp(r / kl_weight) / Z, where the objective of the exact law is log Z; own_log_z that of the base
-    network's sampler, by importance weights: the maximum for the methods, which start from that network.
+    `target` is p exp(r / kl_weight) / Z, where the objective of the exact law is log Z. `exact_denoiser` unmasks with
+    the exact denoiser of that law, in the same steps: letters set together are independent, which no tuning can avoid.
+    Its paths, weighted, give own_log_z, log Z of the process of the base network: a bound for all who start from there.
     """
     models, rows, calls = tuned_models(update, world, args, folder)
     log_p, (reward, held_out) = world.law.p.log(), world.law.rewards
@@ -775,16 +778,16 @@ def baseline_splice(update, world, args, folder, rng):
     exact = dict(mean_reward=target @ reward, held_out=target @ held_out, log_likelihood=target @ log_p,
                  kl=target @ reward / args.kl_weight - log_z, objective=torch.tensor(log_z))
     rows += [row(f"target.mpsa.{key}", v.item()) for key, v in exact.items()]
-    for label, net in models.items():
+    for label, net in (models | dict(exact_denoiser=ExactDenoiser(target))).items():
         paths = sample_trajectories(net, world.network, args.samples, 9, args.steps, rng)
         calls["denoiser"] += paths["rows"]
-        x, wanted = paths["x"], label.endswith("_kl") and {key: v.item() for key, v in exact.items()} or {}
+        x, wanted = paths["x"], {key: v.item() for key, v in exact.items()} if "_" in label else {}
         rows += objective_rows(label, "mpsa", world.reward(x), paths["kl"], args.kl_weight, wanted)
         for key, f in dict(held_out=held_out, log_likelihood=log_p).items():
             rows.append(row(f"{label}.mpsa.{key}", *mean_and_se(TableReward(f)(x)), wanted.get(key)))
         rows.append(row(f"{label}.mpsa.distinct", len(x.unique(dim=0)) / len(x)))
-        if label == "base":
-            rows.append(row("base.mpsa.own_log_z", *log_mean_and_se(world.reward(x) / args.kl_weight), log_z))
+    log_w = world.reward(x) / args.kl_weight - paths["log_ratio"]
+    rows.append(row("exact_denoiser.mpsa.own_log_z", *log_mean_and_se(log_w), log_z))
     return rows, calls
 
 
