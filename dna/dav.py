@@ -22,7 +22,7 @@ Notation (here -> paper)
 
 Algorithm
        1. E-step: sample trajectories of the tilted law, M children a step, one survivor        `search_paths`
-          the children come from letters tilted by the gradient of the forecast                `guide_letters`
+          the children come from letters tilted by the gradient of the forecast                `letter_gradient`
           local: each trajectory by itself, as the paper; smc: one child, a population that resamples;
           nested: both, properly weighted for any number of children
        2. M-step: maximise the likelihood of every step of these trajectories, that is of the tokens set in it and
@@ -85,19 +85,20 @@ MOTIFS = {  # JASPAR 2026 (CC BY 4.0), letters per thousand sites: rows A, C, G,
 PRESETS = {  # what the size flags default to
     "quick": dict(trajectories=32, particles=8, children=2, rounds=2, updates=4, batch=16, steps=8, samples=24,
                   levels=2),
-    "hepg2": dict(trajectories=256, particles=32, children=4, rounds=5, updates=150, batch=64, steps=32, samples=640,
+    "hepg2": dict(trajectories=96, particles=32, children=2, rounds=4, updates=80, batch=32, steps=32, samples=256,
                   levels=8),
-    "mpsa": dict(trajectories=1000, particles=100, children=8, rounds=4, updates=300, batch=256, steps=64, samples=4000,
+    "mpsa": dict(trajectories=8000, particles=100, children=2, rounds=3, updates=700, batch=320, steps=64, samples=4000,
                  levels=9),
     "paper": dict(trajectories=256, particles=32, children=10, rounds=200, updates=32, batch=64, steps=128, samples=640,
                   levels=128),
 }
-SETTINGS = dict(hepg2=dict(kl_weight=0.5, kl=0.3, lr=1e-3), mpsa=dict(kl_weight=1.5, kl=0.3, lr=1e-3))
+SETTINGS = dict(hepg2=dict(search="local", kl_weight=0.2, kl=0.3, lr=3e-3),
+                mpsa=dict(search="nested", kl_weight=0.5, kl=0.3, lr=4e-3))
 
 
 def parse_args(argv=None):
     parser = dna_parser(__doc__)
-    parser.add_argument("--search", choices=["local", "smc", "nested"], default="local", help="the E-step")
+    parser.add_argument("--search", choices=["local", "smc", "nested"], help="the E-step: local, in mpsa nested")
     parser.add_argument("--value", choices=["mean", "draws", "argmax"], default="mean", help="forecast of the reward")
     parser.add_argument("--kl-weight", type=positive(float), help="reward temperature alpha of a round")
     parser.add_argument("--kl", type=positive(float), help="lambda of DAV-KL")
@@ -616,6 +617,28 @@ def gather(state, index):
 # ---- the method: E-step ----------------------------------------------------------------------------------------------
 
 
+class Correction(torch.nn.Module):
+    """A dense network of zero output that is added to the exact denoiser: x (n, L) -> log_p (n, L, 4).
+
+    Before its first round the model is then p_0 itself, and what the rounds miss is theirs.
+    """
+
+    def __init__(self, denoiser, length, width, rng):
+        super().__init__()
+        self.architecture, self.denoiser = dict(length=length, width=width), denoiser
+        sizes = [5 * length, width, width, width, 4 * length]
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        initialise(self.to(rng.device), rng)
+        torch.nn.init.zeros_(self.layers[-1].weight)
+        torch.nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, x):
+        h = self.layers[0](one_hot(x, 5).to(self.layers[0].weight).flatten(1))
+        for layer in self.layers[1:]:
+            h = layer(silu(h))
+        return (self.denoiser(x) + h.unflatten(1, (-1, 4))).to(h).log_softmax(2)
+
+
 class CountRows:
     """A function of sequences that counts the rows it is asked for, in bfloat16 if that is wanted."""
 
@@ -662,26 +685,22 @@ def forecaster(reward, kind, rng, chunk=256, draws=2):
     return forecast
 
 
-def guide_letters(reward, log_p, x, scale, cap=2.0):
-    """Letters' log_q (N, L, 4), shifted to first order towards reward: log_p + scale * gradient at its mean letters.
-
-    The gradient is taken relative to its mean and cut off at `cap` nats; the weights know what was done.
-    """
+def letter_gradient(reward, log_p, x):
+    """Gradient of the reward at the mean letters of x (n, L), relative to its mean over them -> (n, L, 4)."""
     parts = []
-    for soft, log_p in zip(letter_probabilities(log_p, x).split(256), log_p.split(256)):
+    for soft in letter_probabilities(log_p, x).split(256):
         with torch.enable_grad():
             soft = soft.detach().requires_grad_()
             value = reward(soft)
             if not value.requires_grad:
                 fail("The reward has no gradient: search with --proposal base.")
             grad = torch.autograd.grad(value.sum(), soft)[0]
-        shift = scale * (grad - (soft.detach() * grad).sum(2, keepdim=True))
-        parts.append((log_p + shift.clamp(-cap, cap)).log_softmax(2))
+        parts.append(grad - (soft.detach() * grad).sum(2, keepdim=True))
     return torch.cat(parts)
 
 
-def search_paths(denoiser, forecast, n, length, steps, rng, kl_weight, children=1, particles=1, gamma=1.0, ess=0.5,
-           reward=None):
+def search_paths(denoiser, forecast, n, length, steps, rng, kl_weight, children=1, particles=1, gamma=1.0,
+                 ess=0.5, reward=None, cap=2.0):
     """Trajectories for p(x) exp(r(x) / kl_weight), p being the reverse process: nested SMC over unmasking.
 
     Every particle draws `children`, each worth w = p / q * twist, twist = exp(gamma^s forecast / kl_weight) with s
@@ -697,7 +716,7 @@ def search_paths(denoiser, forecast, n, length, steps, rng, kl_weight, children=
     log_p = predict(denoiser, x[:1])
     zero = torch.zeros(n, dtype=torch.float64, device=rng.device)
     state = dict(x=x, when=torch.zeros_like(x), log_p=log_p.expand(n, -1, -1), twist=zero, log_w=zero,
-                 worth=forecast(log_p, x[:1]).expand(n))
+                 worth=forecast(log_p, x[:1]).expand(n), grad=log_p.expand(n, -1, -1), changed=zero == 0)
     first_slot = torch.arange(groups, device=rng.device)[:, None] * particles
     log_z, resampled = zero[:groups], 0.0
     for step in range(steps, -1, -1):
@@ -714,8 +733,13 @@ def search_paths(denoiser, forecast, n, length, steps, rng, kl_weight, children=
             break
 
         log_q = state["log_p"]
-        if reward:
-            log_q = guide_letters(reward, log_q, state["x"], gamma ** (step - 1) / kl_weight)
+        if reward:  # letters tilted to first order; cut off at `cap` nats, and the weights know what was done
+            due = (state["changed"] & (state["x"] == MASK).any(1)).nonzero()[:, 0]
+            if len(due):
+                grad = letter_gradient(reward, log_q[due], state["x"][due])
+                state["grad"] = state["grad"].index_copy(0, due, grad)
+            shift = gamma ** (step - 1) / kl_weight * state["grad"]
+            log_q = (log_q + shift.clamp(-cap, cap)).log_softmax(2)
         family = torch.arange(n, device=rng.device).repeat_interleave(children)
         child = gather(state, family)
         x, new = unmask(log_q[family], child["x"], step, rng)
@@ -729,7 +753,7 @@ def search_paths(denoiser, forecast, n, length, steps, rng, kl_weight, children=
         u = torch.rand(n, 1, generator=rng, device=rng.device, dtype=torch.float64)
         pick = torch.arange(n, device=rng.device) * children + invert_cdf(w.softmax(1), u)[:, 0]
         log_w = state["log_w"] + log_mean_exp(w) - state["twist"]
-        state = dict(gather(child, pick), log_w=log_w)
+        state = dict(gather(child, pick), log_w=log_w, changed=new.any(1)[pick])
         progress("search", steps - step + 1, steps)
     if particles == 1:
         log_z = log_w[:, 0]
@@ -829,8 +853,8 @@ def e_step(world, net, args, rng, n=None):
     denoiser, reward = CountRows(net, args.bf16), CountRows(world.reward)
     n = (n or args.trajectories) // args.particles * args.particles
     out = search_paths(denoiser, forecaster(reward, args.value, rng), n, world.length, args.steps, rng, args.kl_weight,
-                 args.children, args.particles, args.gamma, args.ess,
-                 reward if args.proposal == "guided" else None)
+                       args.children, args.particles, args.gamma, args.ess,
+                       reward if args.proposal == "guided" else None)
     return out, dict(denoiser=denoiser.rows, oracle=reward.rows)
 
 
@@ -1005,6 +1029,7 @@ def run_elements(world, args, folder, rng):
 def run_splice(world, args, folder, rng):
     """The enumerated world: rounds with the network, then the E-steps on the exact denoiser -> rows, calls."""
     log_p, (reward, held_out) = world.law.p.log(), world.law.rewards
+    world.network = Correction(world.denoiser, 9, 320, rng).requires_grad_(False)
     value, rows, calls = reward / args.kl_weight, [], dict(denoiser=0, oracle=0)
     functions = dict(mean_reward=reward, held_out=held_out, log_likelihood=log_p)
 
