@@ -45,6 +45,9 @@ TUNING = {"log_snr_levels", "kernel", "sample_path", "follow"}
 FINE_TUNING = {"kl_of_letters", "sample_trajectories", "InPrecision", "improve_model", "objective_rows", "tuned_models",
                "baseline_elements", "baseline_splice", "draw_training", "refresh", "save_network", "log_mean_and_se",
                "dna_parser", "open_world"}
+CELL_MODELS = {"project_to_simplex", "dual_update", "letters_log_p", "predict_all", "letter_counts", "set_letters",
+               "letters_kl", "splice_models", "fit_weighted", "denoiser_batches", "either_strand", "fit_network",
+               "members", "cell_models", "cell_rows", "save_network", "dna_parser", "open_world"}
 SHARED = {  # script -> names whose text it shares with every other script that is listed with them
     "toy/das.py": FILES | NETWORK | SAMPLER | MEASURES | {"GaussianMixture", "save_figure"},
     "toy/and_composition.py": FILES | NETWORK | RESAMPLING | MULTIPLIERS | KL
@@ -74,6 +77,8 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     | {"weighted_gain", "adapter_rows", "draw_adapters", "log_mean_and_se", "mean_and_se"},
     "sd/constrained_alignment.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | TRAINING
     | {"dual_update", "maximise_dual", "check_feasible", "log_mean_exp"},
+    "dna/and_composition.py": FILES | SEQUENCES - {"unmask"} | JUDGES | RESAMPLING | CELL_MODELS
+    | {"maximise_dual", "dual_ascent", "spread", "gather", "log_mean_and_se"},
     "dna/prepare_data.py": {"fail", "write_atomically"},
     "dna/pretrain.py": FILES | SEQUENCES | JUDGES | {"MarkovChain", "both_strands", "either_strand", "refresh",
                                                      "sample_masked", "fit_network", "denoiser_batches"},
@@ -84,6 +89,14 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     | {"gather", "letters_log_p", "refresh", "sample_masked", "save_network", "log_mean_and_se", "dna_parser",
        "open_world"},
     "dna/compare.py": set(),
+    "dna/msdda.py": FILES | SEQUENCES | JUDGES
+    | {"weight_pair", "weights_tag", "resample_systematic", "effective_sample_size", "log_mean_exp", "gather",
+       "log_mean_and_se", "refresh", "save_network", "either_strand", "denoiser_batches", "fit_network",
+       "fit_weighted", "dna_parser", "open_world"},
+    "dna/constrained_alignment.py": FILES | SEQUENCES | JUDGES
+    | {"MarkovChain", "both_strands", "check_feasible", "maximise_dual", "dual_update", "relaxed_step",
+       "relaxed_paths", "kl_of_letters", "sample_trajectories", "InPrecision", "refresh", "save_network",
+       "dna_parser", "open_world"},
     "dna/draft.py": FILES | SEQUENCES | JUDGES | FINE_TUNING,
     "dna/ddpo.py": FILES | SEQUENCES | JUDGES | FINE_TUNING,
 }
