@@ -4,9 +4,9 @@ Paper: Wang et al., "Fine-Tuning Discrete Diffusion Models via Reward Optimizati
 Design" (DRAKES), ICLR 2025, arXiv 2410.13643; the masked counterpart of DRaFT (Clark et al. 2024, arXiv 2309.17400) and
 the baseline of Lee et al. (DAV), arXiv 2510.00502, Fig. 5. Draws the training, without and with a KL to the base model.
 
-Run    python dna/draft.py                          HepG2 elements, without and with KL
-       python dna/draft.py --world mpsa             9-mers: the exact maximum beside
-       python dna/draft.py --quick                  in seconds
+Run    python dna/draft.py                          HepG2 elements, without and with KL    2.5 minutes on one CPU core
+       python dna/draft.py --world mpsa             9-mers: the exact maximum beside       1 minute
+       python dna/draft.py --quick                  coarse, HepG2 elements                 15 seconds
        python dna/draft.py --soft                   relaxed states, as the paper
        python dna/draft.py --data dataset.csv       the papers' data, after pretrain.py --data; --paper for its sizes
        python dna/draft.py --resume                 continue an interrupted run
@@ -81,11 +81,12 @@ MOTIFS = {  # JASPAR 2026 (CC BY 4.0), letters per thousand sites: rows A, C, G,
 METHOD = "draft"
 PRESETS = {  # what the size flags default to
     "quick": dict(iterations=3, batch=8, steps=8, truncate=3, samples=24, levels=2),
-    "hepg2": dict(iterations=120, batch=32, steps=32, truncate=12, samples=640, levels=8),
-    "mpsa": dict(iterations=120, batch=128, steps=12, truncate=8, samples=2000, levels=9),
+    "hepg2": dict(iterations=50, batch=16, steps=16, truncate=8, samples=256, levels=4),
+    "mpsa": dict(iterations=120, batch=64, steps=16, truncate=16, samples=4000, levels=1),
     "paper": dict(iterations=1000, batch=128, steps=128, truncate=50, samples=640, levels=128),
 }
-SETTINGS = dict(hepg2=dict(kl_weight=0.5, lr=1e-3), mpsa=dict(kl_weight=0.5, lr=1e-3))
+SETTINGS = dict(hepg2=dict(kl_weight=0.05, lr=7e-4, temperature=0.5),
+                mpsa=dict(kl_weight=0.5, lr=3e-3, temperature=0.3))
 
 
 def parse_args(argv=None):
@@ -96,7 +97,7 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=positive(float), help="learning rate")
     parser.add_argument("--steps", type=positive(int), help="steps of the reverse process")
     parser.add_argument("--truncate", type=positive(int), help="last steps with gradient, at most --steps")
-    parser.add_argument("--temperature", type=positive(float), default=1.0, help="of the Gumbel softmax")
+    parser.add_argument("--temperature", type=positive(float), help="of the Gumbel softmax")
     parser.add_argument("--soft", action="store_true", help="relaxed states in the forward pass too, but for the last")
     parser.add_argument("--samples", type=positive(int), help="sequences drawn to measure each model")
     parser.add_argument("--levels", type=positive(int), help="noise levels behind the bound of each sequence")
@@ -733,7 +734,8 @@ def tuned_models(update, world, args, folder):
         for k, numbers in enumerate(history):
             calls = {key: calls[key] + numbers[f"{key}_calls"] for key in calls}
             if k % max(1, len(history) // 20) == 0 or k + 1 == len(history):
-                rows += [row(f"{label}_iteration_{k}.{world.name}.{key}", numbers[key]) for key in ("reward", "kl")]
+                rows += [row(f"{label}_iteration_{k}.{world.name}.training_{key}", numbers[key])
+                         for key in ("reward", "kl")[: 1 + (kl_weight > 0)]]  # without a KL it is not computed
     return models, rows, calls
 
 
@@ -800,30 +802,34 @@ def draw_training(path, world, rows, log_z):
     figure, axes = plt.subplots(1, 3 if log_z is not None else 4, figsize=(16 if log_z is None else 12, 3.8))
     labels = {"base": "#555555", METHOD: "#0072B2", f"{METHOD}_kl": "#D55E00"}
     for label, color in list(labels.items())[1:]:
-        for ax, key in zip(axes, ("reward", "kl")):
+        for ax, key in list(zip(axes, ("reward", "kl")))[: 1 + label.endswith("_kl")]:
             points = [(int(k.split(".")[0].rsplit("_", 1)[1]), v) for k, v in value.items()
-                      if k.startswith(f"{label}_iteration_") and k.endswith(f".{key}")]
+                      if k.startswith(f"{label}_iteration_") and k.endswith(f".training_{key}")]
             ax.plot(*zip(*points), "o-", color=color, markersize=3, label=label.replace("_", " with "))
-            ax.set(xlabel="iteration", ylabel="reward, oracle A" if key == "reward" else "KL of the paths, nats")
+            ax.set(xlabel="iteration", ylabel="reward of the sample" if key == "reward" else "KL of the paths, nats")
             ax.legend(fontsize=8)
     if log_z is not None:
-        bars = [value[f"{label}.{name}.objective"] for label in labels]
-        axes[2].bar(range(len(bars)), bars, color=list(labels.values()))
-        axes[2].axhline(log_z, color="black", linestyle=":", label=f"log Z = {log_z:.3f}")
-        axes[2].set_xticks(range(len(bars)), [label.replace("_", " with ") for label in labels])
+        bars = {label: value[f"{label}.{name}.objective"] for label in (*labels, "exact_denoiser")}
+        axes[2].bar(range(4), bars.values(), color=[*labels.values(), "#009E73"])
+        axes[2].axhline(log_z, color="black", linestyle=":", label=f"log Z = {log_z:.2f}")
+        names = ["base", METHOD, f"{METHOD} with kl", "exact denoiser"]
+        axes[2].set_xticks(range(4), [f"{k}\n{v:.2f}" for k, v in zip(names, bars.values())], fontsize=7)
         axes[2].set(ylabel="E[r] / kl_weight - KL, nats")
-        axes[2].legend(fontsize=8)
+        axes[2].legend(fontsize=8, loc="lower right")
+        axes[2].margins(y=0.15)
     else:
         for label in ("real_hepg2", "random", *labels):
             x, y = (value[f"{label}.{name}.{key}"] for key in ("diversity", "held_out"))
             axes[2].scatter(x, y, color=labels.get(label, "black"), s=20)
-            axes[2].annotate(label.replace("_", " "), (x, y), (4, 3), textcoords="offset points", fontsize=7)
+            axes[2].annotate(label.replace("_", " "), (x, y), (-8, -12 if label == "random" else 6),
+                             textcoords="offset points", ha="center", fontsize=7)
         axes[2].axhline(value[f"real_hepg2.{name}.held_out_p90"], color="black", linestyle=":", linewidth=1)
         axes[2].set(xlabel="mean edit distance", ylabel="oracle B, median; dotted: top 10% of real")
         axes[2].margins(0.25)
         for k, label in enumerate(("real_hepg2", *labels)):
             rates = [value[f"{label}.{name}.motif_{motif.lower()}"] for motif in MOTIFS]
-            axes[3].bar(np.arange(len(rates)) + (k - 1.5) * 0.2, rates, 0.2, label=label.replace("_", " "))
+            axes[3].bar(np.arange(len(rates)) + (k - 1.5) * 0.2, rates, 0.2, color=labels.get(label, "black"),
+                        label=label.replace("_", " "))
         axes[3].set_xticks(range(len(MOTIFS)), MOTIFS, fontsize=7)
         axes[3].set(ylabel="share with the motif (last two: controls)")
         axes[3].legend(fontsize=7)
