@@ -94,17 +94,18 @@ SCHEMES = ("systematic", "stratified", "multinomial", "residual", "ssp")
 TILTS = {"included": (4.0, 0.0), "gc_rich": (0.0, 0.5)}  # of the mpsa world: per log10 percent, per letter G or C
 PRESETS = {  # what the size flags default to
     ("hepg2", "quick"): dict(updates=3, batch=8, steps=8, groups=8, particles=2, dual_steps=4, dual_groups=4, levels=2),
-    ("hepg2", "default"): dict(updates=200, batch=64, steps=32, groups=96, particles=4, dual_steps=8, dual_groups=8,
+    ("hepg2", "default"): dict(updates=150, batch=64, steps=32, groups=64, particles=4, dual_steps=6, dual_groups=8,
                                levels=8),
-    ("hepg2", "paper"): dict(updates=2000, batch=256, steps=200, groups=640, particles=16, dual_steps=100,
+    ("hepg2", "paper"): dict(updates=2000, batch=256, steps=200, groups=640, particles=16, dual_steps=50,
                              dual_groups=64, levels=128),
     ("mpsa", "quick"): dict(updates=1, batch=1, steps=9, groups=20, particles=100, dual_steps=10, dual_groups=20,
                             levels=1),
-    ("mpsa", "default"): dict(updates=1, batch=1, steps=9, groups=40, particles=1000, dual_steps=20, dual_groups=20,
+    ("mpsa", "default"): dict(updates=1, batch=1, steps=9, groups=40, particles=1000, dual_steps=24, dual_groups=30,
                               levels=1),
     ("mpsa", "paper"): dict(updates=1, batch=1, steps=9, groups=100, particles=1000, dual_steps=100, dual_groups=100,
                             levels=1),
 }
+DUAL_LR = dict(hepg2=0.5, mpsa=0.15)  # about one over how fast the KLs part with the multipliers
 
 
 def parse_args(argv=None):
@@ -112,7 +113,7 @@ def parse_args(argv=None):
     parser.add_argument("--cells", nargs="+", default=["hepg2", "k562"], help="cell types whose models to compose")
     parser.add_argument("--updates", type=positive(int), help="gradient steps from the base model to a cell type's")
     parser.add_argument("--batch", type=positive(int), help="elements in a gradient step")
-    parser.add_argument("--lr", type=positive(float), default=1e-3, help="learning rate of them")
+    parser.add_argument("--lr", type=positive(float), default=2e-3, help="learning rate of them")
     parser.add_argument("--steps", type=positive(int), help="sampling steps, at most one a letter")
     parser.add_argument("--groups", type=positive(int), help="independent groups of particles, at least 2")
     parser.add_argument("--particles", type=positive(int), help="particles in a group")
@@ -120,7 +121,7 @@ def parse_args(argv=None):
     parser.add_argument("--resampling", choices=SCHEMES, default="systematic")
     parser.add_argument("--dual-steps", type=positive(int), help="steps of the multipliers, at least 4")
     parser.add_argument("--dual-groups", type=positive(int), help="groups of particles at each of them")
-    parser.add_argument("--dual-lr", type=positive(float), default=0.2, help="their step, for KLs one unit apart")
+    parser.add_argument("--dual-lr", type=positive(float), help="their step, for KLs one unit apart")
     parser.add_argument("--levels", type=positive(int), help="noise levels behind the likelihood of each sequence")
     parser.add_argument("--bf16", action="store_true", help="networks in bfloat16")
     parser.add_argument("--resume", action="store_true", help="go on with the networks that are in the results folder")
@@ -128,6 +129,7 @@ def parse_args(argv=None):
     for name, value in PRESETS[args.world, "quick" if args.quick else "paper" if args.paper else "default"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.dual_lr = args.dual_lr or DUAL_LR[args.world]
     if args.dual_steps < 4 or args.groups < 2 or len(set(args.cells)) < 2 or len(set(args.cells)) < len(args.cells):
         parser.error("--dual-steps must be at least 4, --groups at least 2, and --cells at least two different ones")
     return args
@@ -315,40 +317,39 @@ def dual_function(log_q, weights):
     return -log_z, (log_p - log_q) @ log_p.exp()
 
 
-def walk(letters, length):
-    """How often the sampler of one random letter a step comes by each state: (5^L,), in the order of base 5.
+def walk(step, length):
+    """The sampler of one random letter a step by enumeration: its law (4^L,) and the mean of a cost over its paths.
 
-    letters(x (n, L)) -> log p (n, L, 4). Unnormalised they give masses; those of a product give prod_i q_i^weights_i.
+    step(states (n, L)) -> log p of the letters (n, L, 4), costs of setting a letter (n, m, L). Unnormalised letters
+    give masses instead of a law: those of a product, without C, give prod_i q_i^weights_i.
     """
-    reach = None
+    reach, total = None, 0
     for masked in sorted(itertools.product((True, False), repeat=length), key=sum, reverse=True)[:-1]:
-        states = torch.cartesian_prod(*[torch.arange(4, 5) if m else torch.arange(4) for m in masked]).view(-1, length)
-        p = letters(states).exp()
-        if reach is None:
-            reach = torch.zeros([5] * length).to(p)
+        letters, cost = step(torch.cartesian_prod(*[torch.arange(4, 5) if m else torch.arange(4) for m in masked])
+                             .view(-1, length))
+        if reach is None:  # the mass that comes by each state
+            reach = torch.zeros([5] * length).to(letters)
             reach.view(-1)[-1] = 1
-            states = states.to(p.device)
         here = [slice(4, 5) if m else slice(0, 4) for m in masked]
-        mass = reach[tuple(here)].reshape(-1, 1) / sum(masked)
+        mass, p = reach[tuple(here)].reshape(-1, 1) / sum(masked), letters.exp()
         for k in range(length):
             if masked[k]:
                 there = [slice(0, 4) if place == k else part for place, part in enumerate(here)]
                 moved = (mass * p[:, k]).view(*[1 if m else 4 for m in masked], 4)
                 reach[tuple(there)] += moved.movedim(-1, k).squeeze(k + 1)
-    return reach.flatten()
+                total = total + mass[:, 0] @ cost[:, :, k]
+    return reach[(slice(0, 4),) * length].flatten(), total
 
 
 def surrogate_numbers(denoisers, weights, length):
     """What the per-step product samples, one letter a step, without weights -> its law (4^L,), KL of paths (m,)."""
-    reach = walk(lambda x: product_letters(predict_all(denoisers, x), weights)[0], length)
-    kl = torch.zeros(len(denoisers)).to(reach)
-    for part in torch.arange(5**length, device=reach.device).split(50_000):
-        x = part[:, None] // 5 ** torch.arange(length - 1, -1, -1, device=reach.device) % 5
+
+    def step(x):
         log_p = predict_all(denoisers, x)
-        masked = (x == MASK)[:, None]
-        gap = torch.where(masked, letters_kl(product_letters(log_p, weights)[0][:, None], log_p), 0)
-        kl += reach[part] @ (gap.sum(2) / masked.sum(2).clamp(min=1))
-    return reach.view([5] * length)[(slice(0, 4),) * length].flatten(), kl
+        letters = product_letters(log_p, weights)[0]
+        return letters, letters_kl(letters[:, None], log_p)
+
+    return walk(step, length)
 
 
 # ---- shared: multipliers ---------------------------------------------------------------------------------------------
@@ -888,6 +889,7 @@ def compose_splice(world, args, rng):
     x = all_sequences(9)
     properties = dict(mean_reward=world.law.rewards[0], mean_gc=((x == 1) | (x == 2)).double().sum(1).to(log_q))
     target = product_law(log_q, best)[0].exp()
+    laws = dict(product=target)
     rows = [row("exact.mpsa.u", u), row("exact.mpsa.log_z", -u)]
     rows += [row(f"exact.mpsa.dual_{i + 1}", v) for i, v in enumerate(best.tolist())]
     rows += [row(f"exact.mpsa.kl_{i + 1}", v) for i, v in enumerate(kl.tolist())]
@@ -910,7 +912,7 @@ def compose_splice(world, args, rng):
         path_exact = law_kl
         if not corrected:
             law, path_exact = surrogate_numbers(models, weights, 9)
-            law_kl = (law.log() - log_q) @ law
+            law_kl, laws[label] = (law.log() - log_q) @ law, law
         exact = dict(dual=best.tolist(), kl=path_exact.tolist(), log_z=log_z)
         rows += product_rows(label, "mpsa", weights, out, corrected, exact)
         rows += [row(f"{label}.mpsa.law_worst_kl", law_kl.max().item(), exact=u),
@@ -920,7 +922,7 @@ def compose_splice(world, args, rng):
             values = (w * TableReward(f)(out["x"]).view_as(w)).sum(1)
             rows.append(row(f"{label}.mpsa.{key}", *mean_and_se(values), (target @ f).item(), ((law @ f).item(), 0.0)))
         progress("compositions", len([r for r in rows if r["name"].endswith("tv_to_product")]), len(jobs))
-    figure = dict(log_q=log_q, best=best, u=u, paths=paths, models=models, target=target, properties=properties)
+    figure = dict(log_q=log_q, best=best, u=u, paths=paths, models=models, laws=laws, properties=properties)
     return rows, figure, sum(model.rows for model in models)
 
 
@@ -973,7 +975,7 @@ def cell_rows(world, label, x, cells):
 
 COLORS = {"equal": "#E69F00", "constrained": "#D55E00", "constrained_smc": "#0072B2", "model_hepg2": "#009E73",
           "model_k562": "#CC79A7", "real_hepg2": "#333333", "real_k562": "#999999"}
-TITLES = {"equal": "equal", "constrained": "constrained, letters", "constrained_smc": "constrained, SMC"}
+TITLES = {"equal": "equal", "constrained": "constrained", "constrained_smc": "constrained, SMC"}
 
 
 def draw_duals(ax, paths, best=None):
@@ -986,9 +988,9 @@ def draw_duals(ax, paths, best=None):
     ax.legend(fontsize=7)
 
 
-def draw_splice_product(path, rows, found, args, rng):
+def draw_splice_product(path, found, args, rng):
     """Enumerated: the dual function, the KLs by weights, the multipliers, and the law of the reward."""
-    log_q, table = found["log_q"], {r["name"]: r for r in rows}
+    log_q = found["log_q"]
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.8))
     grid = torch.linspace(0, 1, 41, dtype=torch.float64)
     values, kls = zip(*(dual_function(log_q, torch.stack([a, 1 - a])) for a in grid))
@@ -1016,10 +1018,9 @@ def draw_splice_product(path, rows, found, args, rng):
     bins = np.linspace(reward.min().item(), reward.max().item(), 31)
     laws = {name.replace("_", " "): (p, color, "-")
             for name, p, color in zip(TILTS, log_q.exp(), ("#009E73", "#CC79A7"))}
-    laws["product, exact"] = found["target"], "black", "-"
+    laws["product, exact"] = found["laws"]["product"], "black", "-"
     for label in ("equal", "constrained"):
-        weights = torch.tensor([table[f"{label}.mpsa.dual_{i + 1}"]["estimate"] for i in range(len(log_q))])
-        laws[f"{TITLES[label]}, no weights"] = surrogate_numbers(found["models"], weights, 9)[0], COLORS[label], "--"
+        laws[f"{TITLES[label]} without weights"] = found["laws"][label], COLORS[label], "--"
     for label, (p, color, style) in laws.items():
         axes[3].hist(reward.cpu(), bins, weights=p.cpu(), histtype="step", color=color, linestyle=style, label=label)
     axes[3].set(xlabel="reward: log10 percent spliced in", ylabel="share")
@@ -1330,7 +1331,7 @@ def main(args):
     world, rng = open_world(args), torch.Generator(args.device).manual_seed(args.seed)
     if world.law:
         rows, found, calls = compose_splice(world, args, rng)
-        draw_splice_product(out / "figure.png", rows, found, args, rng)
+        draw_splice_product(out / "figure.png", found, args, rng)
     else:
         rows, found, calls = compose_cells(world, args, out, rng)
         draw_cell_product(out / "figure.png", world, rows, found)
