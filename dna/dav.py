@@ -85,20 +85,20 @@ MOTIFS = {  # JASPAR 2026 (CC BY 4.0), letters per thousand sites: rows A, C, G,
 PRESETS = {  # what the size flags default to
     "quick": dict(trajectories=32, particles=8, children=2, rounds=2, updates=4, batch=16, steps=8, samples=24,
                   levels=2),
-    "hepg2": dict(trajectories=96, particles=32, children=2, rounds=4, updates=80, batch=32, steps=32, samples=256,
+    "hepg2": dict(trajectories=128, particles=32, children=2, rounds=3, updates=100, batch=32, steps=32, samples=256,
                   levels=8),
-    "mpsa": dict(trajectories=8000, particles=100, children=2, rounds=3, updates=700, batch=320, steps=64, samples=4000,
+    "mpsa": dict(trajectories=5000, particles=100, children=8, rounds=3, updates=450, batch=320, steps=64, samples=3000,
                  levels=9),
     "paper": dict(trajectories=256, particles=32, children=10, rounds=200, updates=32, batch=64, steps=128, samples=640,
                   levels=128),
 }
-SETTINGS = dict(hepg2=dict(search="local", kl_weight=0.2, kl=0.3, lr=3e-3),
-                mpsa=dict(search="nested", kl_weight=0.5, kl=0.3, lr=4e-3))
+SETTINGS = dict(hepg2=dict(search="local", kl_weight=0.25, kl=0.3, lr=3e-3),
+                mpsa=dict(search="smc", kl_weight=0.5, kl=0.3, lr=5e-3))
 
 
 def parse_args(argv=None):
     parser = dna_parser(__doc__)
-    parser.add_argument("--search", choices=["local", "smc", "nested"], help="the E-step: local, in mpsa nested")
+    parser.add_argument("--search", choices=["local", "smc", "nested"], help="the E-step: local, in mpsa smc")
     parser.add_argument("--value", choices=["mean", "draws", "argmax"], default="mean", help="forecast of the reward")
     parser.add_argument("--kl-weight", type=positive(float), help="reward temperature alpha of a round")
     parser.add_argument("--kl", type=positive(float), help="lambda of DAV-KL")
@@ -301,40 +301,77 @@ def tilt_law(log_p, value):
 
 
 def kl_projection(log_target, log_base, kl):
-    """The law q that minimises -sum target log q + kl KL(q || base) -> log q (S,). The exact M-step of DAV-KL.
+    """The law q that minimises -sum target log q + kl KL(q || base) -> log q (..., S). kl may be (..., 1).
 
     Stationary where kl q log(q / base) + c q = target, with c = 1 - kl KL(q || base) from sum q = 1. For u = target /
     (kl q) that is log u + u = log(target / (kl base)) + c / kl (Lambert's W). sum q is convex in c: Newton's method
     climbs from below, starting where q = target would put it, 1 - kl KL(target || base).
     """
+    kl = torch.as_tensor(kl, dtype=log_target.dtype, device=log_target.device)
     ratio = log_target - log_base
-    c = 1 - kl * (log_target.exp() * ratio).sum()
-    for _ in range(200):
-        a = ratio - math.log(kl) + c / kl
-        s = torch.where(a > 1, a.clamp(min=1).log(), a)  # log u
-        for _ in range(12):
-            s = s - (s.exp() + s - a) / (s.exp() + 1)
-        log_q = log_target - math.log(kl) - s
-        excess = log_q.exp().sum() - 1
-        slope = -(log_q.exp() / (1 + s.exp())).sum() / kl
-        c = c - excess / slope
-        if abs(excess) < 1e-14:
+    c = 1 - kl * (log_target.exp() * ratio).sum(-1, keepdim=True)
+    a = ratio - kl.log() + c / kl
+    s = torch.where(a > 1, a.clamp(min=1).log(), a)  # log u
+    for _ in range(50):
+        for _ in range(3):  # from where the last c left it
+            u = s.exp()
+            s = s - (u + s - a) / (u + 1)
+        q = (log_target - s).exp() / kl
+        excess = q.sum(-1, keepdim=True) - 1
+        if excess.abs().max() < 1e-14:
             break
-    return log_q - log_q.logsumexp(0)
+        step = excess * kl / (q / (1 + s.exp())).sum(-1, keepdim=True)
+        c, a = c + step, a + step / kl
+    return (log_target - s - kl.log()).log_softmax(-1)
 
 
-def exact_rounds(log_p, reward, kl_weight, kl, rounds):
-    """Exact E- and M-steps from log p (S,) -> a list of (log p_k, log Z_k), k = 0 to rounds; Z_k = E_p_k[exp(r / a)].
+def exact_rounds(denoiser, reward, kl_weight, kl, rounds):
+    """Exact E- and M-steps, one letter at a time in any order -> [(log p_k, log Z_k, log of the tilted law)], k = 0 on.
 
-    Without kl, log p_k = log p + k r / kl_weight - const. With it, the KL is that of the laws, to which the sum over
-    steps that DAV-KL penalises is equal for the exact denoiser of a law.
+    Without kl, p_k = p exp(k r / kl_weight) / Z. With it, the M-step is one for each masked place of each of the 5^L
+    states: with k of them left, its letters' loss has the weight of this place under the E-step, eta, its KL 1 / k.
+    (The states are those of the E-step, so that this is no projection of laws.) Z_k = E_p_k[exp(r / kl_weight)].
     """
-    base, out = log_p, []
+    length = len(denoiser.place)
+    place, count, out = denoiser.place, 5**length, []
+    states = torch.arange(count, device=place.device)
+    hidden = sum((states // unit % 5 == MASK).long() for unit in place)
+    end = hidden == 0  # in the order of all_sequences
+    if not kl:
+        log_p = denoiser.log_mass[end]
+        for k in range(rounds + 1):
+            tilted, log_z = tilt_law(log_p, reward / kl_weight)
+            out.append((log_p, log_z, tilted))
+            log_p = tilted
+        return out
+    levels = []  # by the number of masked places: the moves that set one, source (n, 1), goal (n, 4)
+    for left in range(1, length + 1):
+        rows = states[hidden == left]
+        source, where = ((rows[:, None] // place % 5) == MASK).nonzero(as_tuple=True)
+        goal = rows[source, None] + (torch.arange(4, device=place.device) - MASK) * place[where, None]
+        levels.append((rows[source], goal))
+    base = [denoiser.log_mass[goal] - denoiser.log_mass[source][:, None] for source, goal in levels]
+    log_q = base
     for k in range(rounds + 1):
-        target, log_z = tilt_law(log_p, reward / kl_weight)
-        out.append((log_p, log_z))
+        value = torch.zeros_like(denoiser.log_mass)  # E[exp(r / kl_weight)] from a state on, relative to the highest
+        top = (reward / kl_weight).max()
+        value[end] = (reward / kl_weight - top).exp()
+        for left, ((source, goal), q) in enumerate(zip(levels, log_q), 1):
+            value.index_add_(0, source, (q.exp() * value[goal]).sum(1) / left)
+        law = torch.zeros_like(value)
+        law[-1] = 1
+        for left, ((source, goal), q) in reversed([*enumerate(zip(levels, log_q), 1)]):
+            law.index_add_(0, goal.flatten(), (law[source][:, None] * q.exp() / left).flatten())
+        log_p = law[end].log()
+        out.append((log_p, (value[-1].log() + top).item(), tilt_law(log_p, reward / kl_weight)[0]))
         if k < rounds:
-            log_p = kl_projection(target, base, kl) if kl else target
+            for n, ((source, goal), q) in enumerate(zip(levels, log_q)):
+                target = q + value[goal].log()
+                mass = target.logsumexp(1, keepdim=True)  # of this place: (n + 1) times its probability, times value
+                target = target - mass
+                weight = kl * (value[source].log()[:, None] - mass).exp()
+                parts = zip(target.split(4096), base[n].split(4096), weight.split(4096))  # small enough for the cache
+                log_q = [*log_q[:n], torch.cat([kl_projection(*part) for part in parts]), *log_q[n + 1 :]]
     return out
 
 
@@ -834,7 +871,8 @@ def tune(world, args, kl, folder):
             scores = {name: torch.cat([f(part_) for part_ in y.split(256)]) for name, f, y in (
                 ("reward", world.reward, x), ("held_out", world.held_out, x),
                 ("search_reward", world.reward, paths["x"]), ("search_held_out", world.held_out, paths["x"]))}
-        numbers = {name: mean_and_se(value.double()) for name, value in scores.items()}
+        groups = {name: args.particles if "search" in name else 1 for name in scores}  # independent of each other
+        numbers = {name: mean_and_se(value.double().view(-1, groups[name]).mean(1)) for name, value in scores.items()}
         numbers |= dict(elbo=mean_and_se(paths["log_z"]), loss=(loss, None))
         history.append({name: list(value) for name, value in numbers.items()})
         calls = {name: calls[name] + spent[name] for name in calls}
@@ -1029,26 +1067,27 @@ def run_elements(world, args, folder, rng):
 def run_splice(world, args, folder, rng):
     """The enumerated world: rounds with the network, then the E-steps on the exact denoiser -> rows, calls."""
     log_p, (reward, held_out) = world.law.p.log(), world.law.rewards
-    world.network = Correction(world.denoiser, 9, 320, rng).requires_grad_(False)
+    world.network = Correction(world.denoiser, 9, 256, rng).requires_grad_(False)
     value, rows, calls = reward / args.kl_weight, [], dict(denoiser=0, oracle=0)
     functions = dict(mean_reward=reward, held_out=held_out, log_likelihood=log_p)
 
-    def add(label, log_law, x):
+    def add(label, log_law, x, particles=1):  # groups are independent
         for key, f in functions.items():
-            rows.append(row(f"{label}.mpsa.{key}", *mean_and_se(TableReward(f)(x)), (log_law.exp() @ f).item()))
+            means = TableReward(f)(x).view(-1, particles).mean(1)
+            rows.append(row(f"{label}.mpsa.{key}", *mean_and_se(means), (log_law.exp() @ f).item()))
 
     for label, kl in (("dav", 0.0), ("dav_kl", args.kl)):
         net, history, spent = tune(world, args, kl, folder)
-        exact = exact_rounds(log_p, reward, args.kl_weight, kl, args.rounds)
-        for k, (numbers, (law, log_z)) in enumerate(zip(history, exact)):
-            model, tilted = law.exp(), tilt_law(law, value)[0].exp()
+        exact = exact_rounds(world.denoiser, reward, args.kl_weight, kl, args.rounds)
+        for k, (numbers, (law, log_z, tilted)) in enumerate(zip(history, exact)):
+            model, tilted = law.exp(), tilted.exp()
             wanted = dict(elbo=log_z, reward=(model @ reward).item(), held_out=(model @ held_out).item(),
                           search_reward=(tilted @ reward).item(), search_held_out=(tilted @ held_out).item())
             rows += [row(f"{label}_round_{k}.mpsa.{key}", *v, wanted.get(key)) for key, v in numbers.items()]
         x, rows_ = sample_masked(CountRows(net), args.samples, 9, args.steps, rng)
         paths, more = e_step(world, net, args, rng, args.samples)
         add(label, exact[-1][0], x)
-        add(f"{label}_posterior", tilt_law(exact[-1][0], value)[0], paths["x"])
+        add(f"{label}_posterior", exact[-1][2], paths["x"], args.particles)
         calls = {key: calls[key] + spent[key] + more[key] + rows_ * (key == "denoiser") for key in calls}
     add("base", log_p, sample_masked(CountRows(world.network), args.samples, 9, args.steps, rng)[0])
 
@@ -1065,14 +1104,15 @@ def run_splice(world, args, folder, rng):
     def exact_forecast(_, x):
         return args.kl_weight * exact_twist[(x * world.denoiser.place).sum(1)]
 
-    draws, group = forecaster(world.reward, "draws", rng), PRESETS["quick" if args.quick else "mpsa"]["particles"]
+    draws, sizes = forecaster(world.reward, "draws", rng), PRESETS["quick" if args.quick else "mpsa"]
+    group, family = sizes["particles"], sizes["children"]
     for label, forecast, children, particles in (
-            ("local_exact", exact_forecast, args.children, 1), ("local_draws", draws, args.children, 1),
-            ("local_argmax", forecaster(world.reward, "argmax", rng), args.children, 1),
-            ("smc_draws", draws, 1, group), ("nested_draws", draws, args.children, group)):
+            ("local_exact", exact_forecast, family, 1), ("local_draws", draws, family, 1),
+            ("local_argmax", forecaster(world.reward, "argmax", rng), family, 1),
+            ("smc_draws", draws, 1, group), ("nested_draws", draws, family, group)):
         n = args.samples // particles * particles
         out = search_paths(world.denoiser, forecast, n, 9, args.steps, rng, args.kl_weight, children, particles)
-        add(label, law, out["x"])
+        add(label, law, out["x"], particles)
         if particles > 1:
             rows.append(row(f"{label}.mpsa.log_z", *log_mean_and_se(out["log_z"]), log_z))
     return rows, calls

@@ -136,7 +136,7 @@ def test_local_search_with_forecasts_is_biased():
 
 
 def test_rounds_without_kl_tilt_further():
-    for k, (log_p, log_z) in enumerate(dav.exact_rounds(P.log(), R, ALPHA, 0.0, 4)):
+    for k, (log_p, log_z, _) in enumerate(dav.exact_rounds(DENOISER, R, ALPHA, 0.0, 4)):
         wanted, _ = dav.tilt_law(P.log(), k * R / ALPHA)
         assert (log_p - wanted).abs().max() < 1e-10
         assert abs(log_z - (log_p + R / ALPHA).logsumexp(0)) < 1e-10
@@ -168,7 +168,10 @@ def test_kl_step_against_a_numerical_optimum(kl):
 
 def test_kl_rounds_tend_to_their_fixed_point():
     """p* in proportion to p_0 exp(w / kl), w = exp(r / alpha) / E_p*[exp(r / alpha)]."""
-    log_p, log_z = dav.exact_rounds(P.log(), R, 0.5, 0.7, 150)[-1]
+    log_p = P.log()
+    for _ in range(150):
+        target, log_z = dav.tilt_law(log_p, R / 0.5)
+        log_p = dav.kl_projection(target, P.log(), 0.7)
     wanted, _ = dav.tilt_law(P.log(), (R / 0.5 - log_z).exp() / 0.7)
     assert (log_p.exp() - wanted.exp()).abs().max() < 1e-9
 
@@ -430,6 +433,39 @@ def test_kl_of_the_loss_is_that_of_the_kernels():
         exact += (w @ gap.sum(1)) / step
     ours = mean_path_loss(dav, net, base, x, when, w, 1.0) - mean_path_loss(dav, net, base, x, when, w, 0.0)
     assert exact > 0.3 and abs(ours - exact) < 1e-10
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_exact_rounds_are_the_minima_of_the_loss(kl):
+    """Two rounds of minimising the loss over all trajectories of one letter at a time, by a table, to 1e-6."""
+    when = torch.tensor(list(itertools.permutations(range(1, SMALL + 1))))
+    x, when = dav.all_sequences(SMALL).repeat_interleave(len(when), 0), when.repeat(4**SMALL, 1)
+    denoiser = dav.ExactDenoiser(SMALL_P)
+    base = Table(finite(denoiser(SMALL_STATES)))
+    net, exact = Table(base.logits.detach()), dav.exact_rounds(denoiser, SMALL_R, 0.5, kl, 2)
+
+    def trajectories():
+        log_p = sum((net(torch.where(when > step, x, MASK)).gather(2, x[:, :, None])[:, :, 0] * (when == step)).sum(1)
+                    for step in range(1, SMALL + 1)).detach()
+        return log_p - math.log(math.factorial(SMALL))
+
+    for k in range(3):
+        log_p = trajectories()
+        law = log_p.exp().view(4**SMALL, -1).sum(1)
+        assert (law - exact[k][0].exp()).abs().max() < 1e-6
+        tilted, log_z = dav.tilt_law(log_p, SMALL_R.repeat_interleave(math.factorial(SMALL)) / 0.5)
+        assert abs(log_z - exact[k][1]) < 1e-6
+        assert (tilted.exp().view(4**SMALL, -1).sum(1) - exact[k][2].exp()).abs().max() < 1e-6
+        optimizer = torch.optim.LBFGS(net.parameters(), max_iter=400, tolerance_grad=1e-12, tolerance_change=0,
+                                      line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = mean_path_loss(dav, net, base, x, when, tilted.exp(), kl)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
 
 
 def rounds(module, reward, rounds, seed=0, updates=150, kl=0.0, children=8):
