@@ -506,23 +506,23 @@ def relaxed_paths(net, base, n, length, args, kl_weight, rng):
     return x[:, :, :MASK], kl, rows
 
 
-def primal_dual(problem, world, args, folder, fixed=None):
+def primal_dual(problem, world, args, folder, label):
     """Algorithm 1 from the base model -> network, multipliers (2,), trace (rounds, 5) of rewards, KL and multipliers,
     calls of the denoiser.
 
-    fixed (2,) keeps the multipliers, in half the rounds: the penalty method. Returned are averages over the last
-    quarter, of network and multipliers: they converge where the iterates circle. Every ten rounds all that is needed
-    to go on is written to a file of `folder`, for --resume.
+    label is "constrained", or "equal", which keeps the multipliers where the other starts if the exact ones are not
+    known, and has half the rounds: the penalty method. Returned are averages over the last quarter, of network and
+    multipliers: they converge where the iterates circle. Every ten rounds all that is needed to go on is written to a
+    file of `folder`, for --resume.
     """
-    label, rounds = ("constrained", args.rounds) if fixed is None else ("equal", args.rounds // 2)
+    fixed = label == "equal"
+    rounds = args.rounds // 2 if fixed else args.rounds
     start, part = rounds * 3 // 4, folder / f"{label}.part.pt"
     net = copy.deepcopy(world.network).requires_grad_(True)
     average = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99))
-    rng = torch.Generator(args.device).manual_seed(2 * args.seed + (fixed is None))
-    dual = torch.zeros(2, dtype=torch.float64) if fixed is None else fixed
-    if fixed is None and args.primal == "likelihood":
-        dual = problem.dual  # of the laws: from there on they pay for the errors of the network
+    rng = torch.Generator(args.device).manual_seed(2 * args.seed + fixed)
+    dual = (args.weight / problem.scale).cpu() if problem.dual is None or fixed else problem.dual
     memory, trace, calls = torch.zeros_like(dual), [], 0
     settings = {name: str(v) for name, v in vars(args).items() if name not in ("resume", "out", "checkpoints")}
     settings = json.dumps(settings, sort_keys=True)
@@ -569,7 +569,7 @@ def primal_dual(problem, world, args, folder, fixed=None):
         trace.append([*reward.tolist(), kl.mean().item(), *dual.tolist()])
         if not all(map(math.isfinite, [loss.item(), *trace[-1]])):
             fail(f"{label} diverged in round {k + 1}: take a lower --lr.")
-        if fixed is None:
+        if not fixed:
             dual, memory = raise_duals(problem, dual, reward, memory, args)
         if k >= start:
             for mean, value in zip(average.parameters(), net.parameters()):
@@ -952,11 +952,11 @@ def mean_rewards(problem, x):
 
 def run_methods(problem, world, args, folder, rng):
     """The base model, the penalty and the constrained one -> {method: namespace of x, kl (N,), dual, trace}, calls."""
-    equal, results, calls = (args.weight / problem.scale).cpu(), {}, 0
-    for method, fixed in dict(base=None, equal=equal, constrained=None).items():
+    results, calls = {}, 0
+    for method in ("base", "equal", "constrained"):
         net, dual, trace, spent = world.network, torch.zeros(2), None, 0
         if method != "base":
-            net, dual, trace, spent = primal_dual(problem, world, args, folder, fixed)
+            net, dual, trace, spent = primal_dual(problem, world, args, folder, method)
         paths = sample_trajectories(net, world.network, args.samples, world.length, args.steps, rng)
         results[method] = types.SimpleNamespace(x=paths["x"], kl=paths["kl"], dual=dual, trace=trace)
         calls += spent + paths["rows"]
@@ -966,7 +966,7 @@ def run_methods(problem, world, args, folder, rng):
 def measure(problem, world, results, args, rng):
     """Rows of all that is known: thresholds, rewards, KLs, multipliers; exact values where there are any.
 
-    reached_i is the share of the way from the mean reward of the base law to the threshold.
+    missed_i is the distance to the threshold in standard deviations under the base law, negative where it is met.
     """
     name, rows, truth = world.name, [], {}
     rows += [row(f"threshold.{name}.reward_{i + 1}", b) for i, b in enumerate(problem.b.tolist())]
@@ -993,8 +993,8 @@ def measure(problem, world, results, args, rng):
             rows.append(row(f"{method}.{name}.{key}", *mean_and_se(values), exact.get(key)))
         for i in range(2):
             rows.append(row(f"{method}.{name}.dual_{i + 1}", out.dual[i].item(), exact=exact.get(f"dual_{i + 1}")))
-            estimate, se = mean_and_se((r[i] - problem.mean[i]) / (problem.b[i] - problem.mean[i]).item())
-            rows.append(row(f"{method}.{name}.reached_{i + 1}", estimate, se))
+            missed = (problem.b[i].item() - r[i]) / problem.scale[i]
+            rows.append(row(f"{method}.{name}.missed_{i + 1}", *mean_and_se(missed)))
         if out.trace is not None:
             for k in range(0, len(out.trace), max(1, args.rounds // 20)):
                 rows += [row(f"{method}_round_{k}.{name}.{key}", v) for key, v in
@@ -1018,7 +1018,7 @@ def measure(problem, world, results, args, rng):
 
 def draw_duals(file, problem, world, results, rows, args):
     """Rewards with thresholds, KL and multipliers by round; dotted: thresholds and the exact values of the laws."""
-    value = {r["name"]: r["estimate"] for r in rows}
+    value, path = {r["name"]: r["estimate"] for r in rows}, problem.dual is not None and exact_ascent(problem, args)
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.8))
     for method, color in dict(equal="#E69F00", constrained="#0072B2").items():
         trace = results[method].trace.numpy()
@@ -1035,7 +1035,7 @@ def draw_duals(file, problem, world, results, rows, args):
         scale = problem.scale[i].item()
         axes[3].plot(results["constrained"].trace[:, 3 + i] * scale, color=color, label=name)
         if problem.dual is not None:
-            axes[3].plot(exact_ascent(problem, args)[:, i] * scale, "--", color=color, linewidth=0.8,
+            axes[3].plot(path[:, i] * scale, "--", color=color, linewidth=0.8,
                          label="without a network")
             axes[3].axhline(problem.dual[i].item() * scale, color=color, linestyle=":")
     axes[2].set(title="KL of the paths from the base model, nats", ylim=(0, None))
@@ -1190,7 +1190,7 @@ def main(args):
     draw_duals(out / "figure.png", problem, world, results, rows, args)
     write_numbers(out / "numbers.json", args, rows, calls, time.perf_counter() - start)
     print_table([r for r in rows if "_round_" not in r["name"]], world.name,
-                ["reward_1", "reward_2", "kl", "dual_1", "dual_2", "reached_1", "reached_2", "effective_share"])
+                ["reward_1", "reward_2", "kl", "dual_1", "dual_2", "missed_1", "missed_2", "effective_share"])
     print_table(rows, world.name, ["activity", "held_out", "over_optimisation", "accessible", "kmer3_correlation",
                                    "diversity", "log_likelihood"])
     return {r["name"]: r["estimate"] for r in rows}
