@@ -595,7 +595,7 @@ def gap_rows(label, name, tables, weights, exact_kl=None, exact_ce=None):
     return rows
 
 
-def compose_splice(world, args, rng):
+def mix_splice(world, args, rng):
     """The enumerated world: multipliers and mixtures against the exact ones -> rows, for the figure, calls."""
     log_q = splice_models(world.law)
     count, x = len(log_q), all_sequences(9)
@@ -634,13 +634,13 @@ def compose_splice(world, args, rng):
     return rows, dict(paths=paths, exact=exact, tables=tables, problem=problem), sum(m.rows for m in models)
 
 
-def compose_cells(world, args, folder, rng):
-    """Real elements: cell types' models, multipliers, one network for each -> rows, for the figure, calls."""
+def mix_cells(world, args, folder, rng):
+    """Real elements: cell types' models, multipliers, one network for each -> rows, calls."""
     data, name, cells, count = world.elements, world.name, args.cells, len(args.cells)
     training, of = chromosome_split(data.chrom)["training"], [members(data, cell) for cell in args.cells]
     networks = {f"model_{cell}": net for cell, net in zip(cells, cell_models(world, args, folder))}
     models = [CountRows(net, args.bf16) for net in networks.values()]
-    tables, rows, paths = [], [], {}
+    tables, rows = [], []
 
     def some(rows_of, n):
         codes = data.codes[rows_of]
@@ -655,7 +655,7 @@ def compose_cells(world, args, folder, rng):
         progress("paths to elements", i + 1, count)
     weights = dict(equal=torch.full((count,), 1 / count, dtype=torch.float64))
     for objective in args.objective:
-        weights[objective], paths[objective] = primal_dual(tables, objective, args)
+        weights[objective] = primal_dual(tables, objective, args)[0]
     shares = torch.stack([(part[training] / part[training].sum()).double() for part in of])
     for label, w in weights.items():
         rows += [row(f"{label}.{name}.dual_{i + 1}", v) for i, v in enumerate(w.tolist())]
@@ -685,39 +685,37 @@ def compose_cells(world, args, folder, rng):
             best = torch.cat([world.oracle_b(part) for part in x.split(256)]).argmax(1)
         rows += [row(f"{label}.{name}.share_{cell}", *mean_and_se((best == k).double()))
                  for k, cell in enumerate(world.oracle_b.architecture["names"])]
-    return rows, dict(paths=paths, labels=list(bounds), sets=list(sets)), sum(m.rows for m in models)
+    return rows, sum(m.rows for m in models)
 
 
 # ---- the figures -----------------------------------------------------------------------------------------------------
 
 COLORS = dict(elbo="#0072B2", kl="#009E73", equal="#E69F00")
-STYLES = ("-", "--", ":", "-.")
+LAWS = {"hepg2": "#009E73", "k562": "#CC79A7", "gm12878": "#56B4E9", "hesc": "#999999", "sknsh": "#999999",
+        "included": "#009E73", "gc rich": "#CC79A7"}
 
 
 def draw_duals(ax, found):
-    """The multipliers against the dual step."""
+    """The first multiplier against the dual step, and its exact value."""
     for objective, path in found["paths"].items():
-        for i, line in enumerate(path.T):
-            ax.plot(line.numpy(), color=COLORS[objective], linestyle=STYLES[i % 4], label=f"{objective}, {i + 1}")
-        for value in found["exact"][objective].tolist() if "exact" in found else []:
-            ax.plot(len(path) - 1, value, "k*", markersize=8)
-    ax.set(xlabel="dual step", ylabel="multipliers" + (", star: exact" if "exact" in found else ""), ylim=(-0.02, 1.02))
+        ax.plot(path[:, 0].numpy(), color=COLORS[objective], label=objective)
+        ax.axhline(found["exact"][objective][0].item(), color=COLORS[objective], linestyle=":")
+    ax.set(xlabel="dual step", ylabel="first multiplier, exact dotted", ylim=(0, 0.6))
     ax.legend(fontsize=7)
 
 
 def draw_bars(ax, rows, labels, keys, names, ylabel):
-    """Bars of the estimates of `labels` side by side, a group for each of the keys."""
+    """Bars of the estimates of `labels` side by side, a group for each of the keys, with 2 standard errors."""
     table = {r["name"]: r for r in rows}
     for k, (key, name) in enumerate(zip(keys, names)):
-        values = [table[f"{label}.{key}"] for label in labels]
-        ax.bar(np.arange(len(labels)) + (k - len(keys) / 2 + 0.5) * 0.8 / len(keys), [r["estimate"] for r in values],
-               0.8 / len(keys), yerr=[2 * (r["se"] or 0) for r in values], label=name, error_kw=dict(linewidth=0.8),
-               color=("#009E73", "#CC79A7", "#56B4E9", "#999999")[k % 4])
+        values, shift = [table[f"{label}.{key}"] for label in labels], (k - len(keys) / 2 + 0.5) * 0.8 / len(keys)
+        ax.bar(np.arange(len(labels)) + shift, [r["estimate"] for r in values], 0.8 / len(keys), label=name,
+               yerr=[2 * (r["se"] or 0) for r in values], error_kw=dict(linewidth=0.8), color=LAWS.get(name, "#56B4E9"))
         for place, r in enumerate(values):
             if r["exact"] is not None:
-                ax.plot(place + (k - len(keys) / 2 + 0.5) * 0.8 / len(keys), r["exact"], "k_", markersize=9)
-    titles = [label.split(".")[0].replace("model_", "").replace("_", " ") for label in labels]
-    ax.set_xticks(range(len(labels)), titles, rotation=25, fontsize=8)
+                ax.plot(place + shift, r["exact"], "k_", markersize=9)
+    titles = [label.split(".")[0].replace("model_", "model of ").replace("_", " ") for label in labels]
+    ax.set_xticks(range(len(labels)), titles, rotation=30, ha="right", fontsize=8)
     ax.set(ylabel=ylabel)
     ax.legend(fontsize=7)
 
@@ -747,16 +745,20 @@ def draw_splice_mixture(path, rows, found, args):
     save_figure(figure, path)
 
 
-def draw_cell_mixture(path, world, rows, found, args):
+def draw_cell_mixture(path, world, rows, args):
     """Regret on held-out elements by model, the multipliers, and cell types of the samples by oracle B."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), width_ratios=[1.4, 0.8, 1.4])
-    labels, name = [f"{label}.{world.name}" for label in found["labels"]], world.name
-    draw_bars(axes[0], rows, labels, [f"regret_{cell}" for cell in args.cells], args.cells,
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.2), width_ratios=[1.3, 0.6, 2])
+    every = list(dict.fromkeys(r["name"].rsplit(".", 1)[0] for r in rows))
+    having = {key: [label for label in every if any(r["name"] == f"{label}.{key}_{args.cells[0]}" for r in rows)]
+              for key in ("regret", "share")}
+    draw_bars(axes[0], rows, having["regret"], [f"regret_{cell}" for cell in args.cells], args.cells,
               "bound minus that of the own model, nats")
-    draw_duals(axes[1], found)
+    draw_bars(axes[1], rows, [f"{label}.{world.name}" for label in ("equal", *args.objective)],
+              [f"dual_{i + 1}" for i in range(len(args.cells))], args.cells, "multipliers")
     names = world.oracle_b.architecture["names"]
-    draw_bars(axes[2], rows, [f"{label}.{name}" for label in found["sets"]], [f"share_{cell}" for cell in names], names,
-              "share of samples by oracle B")
+    draw_bars(axes[2], rows, having["share"], [f"share_{cell}" for cell in names], names,
+              "share by oracle B")
+    axes[2].set(ylim=(0, 1))
     figure.tight_layout()
     save_figure(figure, path)
 
@@ -1028,11 +1030,11 @@ def main(args):
     start, out = time.perf_counter(), results_folder(args, "dna_or_composition")
     world, rng = open_world(args), torch.Generator(args.device).manual_seed(args.seed)
     if world.law:
-        rows, found, calls = compose_splice(world, args, rng)
+        rows, found, calls = mix_splice(world, args, rng)
         draw_splice_mixture(out / "figure.png", rows, found, args)
     else:
-        rows, found, calls = compose_cells(world, args, out, rng)
-        draw_cell_mixture(out / "figure.png", world, rows, found, args)
+        rows, calls = mix_cells(world, args, out, rng)
+        draw_cell_mixture(out / "figure.png", world, rows, args)
     write_numbers(out / "numbers.json", args, rows, calls, time.perf_counter() - start)
     many = range(len(TILTS if world.law else args.cells))
     print_table(rows, world.name, [f"{key}_{i + 1}" for key in ("dual", "kl") for i in many] + ["worst_kl"])

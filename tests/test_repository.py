@@ -45,9 +45,9 @@ TUNING = {"log_snr_levels", "kernel", "sample_path", "follow"}
 FINE_TUNING = {"kl_of_letters", "sample_trajectories", "InPrecision", "improve_model", "objective_rows", "tuned_models",
                "baseline_elements", "baseline_splice", "draw_training", "refresh", "save_network", "log_mean_and_se",
                "dna_parser", "open_world"}
-CELL_MODELS = {"project_to_simplex", "dual_update", "letters_log_p", "predict_all", "letter_counts", "set_letters",
-               "letters_kl", "splice_models", "fit_weighted", "denoiser_batches", "either_strand", "fit_network",
-               "members", "cell_models", "cell_rows", "save_network", "dna_parser", "open_world"}
+CELL_MODELS = {"maximise_dual", "project_to_simplex", "dual_update", "letters_log_p", "predict_all", "letter_counts",
+               "set_letters", "splice_models", "fit_weighted", "denoiser_batches", "either_strand", "fit_network",
+               "members", "cell_models", "CountRows", "save_network", "dna_parser", "open_world"}
 SHARED = {  # script -> names whose text it shares with every other script that is listed with them
     "toy/das.py": FILES | NETWORK | SAMPLER | MEASURES | {"GaussianMixture", "save_figure"},
     "toy/and_composition.py": FILES | NETWORK | RESAMPLING | MULTIPLIERS | KL
@@ -78,7 +78,9 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     "sd/constrained_alignment.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | TRAINING
     | {"dual_update", "maximise_dual", "check_feasible", "log_mean_exp"},
     "dna/and_composition.py": FILES | SEQUENCES - {"unmask"} | JUDGES | RESAMPLING | CELL_MODELS
-    | {"maximise_dual", "dual_ascent", "spread", "gather", "log_mean_and_se"},
+    | {"dual_ascent", "spread", "gather", "log_mean_and_se"},
+    "dna/or_composition.py": FILES | SEQUENCES - {"unmask"} | CELL_MODELS
+    | {"divergences", "hide", "hidden_loss", "masked_bound", "mean_and_se"},
     "dna/prepare_data.py": {"fail", "write_atomically"},
     "dna/pretrain.py": FILES | SEQUENCES | JUDGES | {"MarkovChain", "both_strands", "either_strand", "refresh",
                                                      "sample_masked", "fit_network", "denoiser_batches"},
