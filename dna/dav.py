@@ -4,8 +4,8 @@ Paper: Lee et al., "Diffusion Alignment as Variational Expectation-Maximization"
 Draws what its Fig. 5 reports for DNA, on accessibility instead of measured activity (figure.png), and, in the
 enumerated world of splice sites, every quantity beside its exact value.
 
-Run    python dna/dav.py                            HepG2 elements: DAV, DAV-KL, DAV posterior
-       python dna/dav.py --world mpsa               9-mers, everything enumerated
+Run    python dna/dav.py                            HepG2: DAV, DAV-KL, DAV posterior       5 minutes on one CPU core
+       python dna/dav.py --world mpsa               9-mers, everything enumerated           65 CPU seconds
        python dna/dav.py --quick                    in seconds
        python dna/dav.py --search nested            the E-step with population weights (also: smc)
        python dna/dav.py --proposal base            an E-step that takes no gradient of the reward
@@ -32,8 +32,25 @@ Algorithm
        The steps of a trajectory are told by two arrays, the sequence and the step that set each letter. Where a child
        equals its parent no network is called.
 
-What you should see: nothing is recorded yet; the default sizes and rates are first choices, not tuned ones.
-To try: --kl-weight 0.3, --gamma 0.9, --value argmax (the official forecast), --children 2.
+Worlds hepg2  the reward is oracle A's log odds of HepG2 *accessibility*, a stand-in for the papers' measured activity;
+              oracle B, trained on other chromosomes, only measures.
+       mpsa   the exact denoiser plus a small network, zero at first: round 0 is p_0 itself. The E-step is smc, because
+              the local one, which has no weights, is far from its target here (right panel).
+
+What you should see
+       hepg2 (seed 0): median activity by oracle B from -1.9 (base) to 0.6 (DAV-KL), 2.4 (DAV), 5.2 (search on the base
+       model) and 9.3 (DAV posterior); the highest tenth of real HepG2 elements begins at 3.9. Edits a pair 110 (base),
+       111, 103, 109 and 97: 88% for the posterior. Oracle A exceeds B by 0.0 (DAV), 1.8 (search) and 2.0 (posterior):
+       the search over-optimises, what is learnt of it does not. The correlation of 3-mers with the top real elements
+       falls from 0.94 to 0.57 (DAV) and 0.44. FOXA2 and HNF1A rise to 88% and 72%, HNF4A only in searches (47%; DAV
+       13%, base 17%); of the controls GATA1 and SPI1 none rises.
+       mpsa (3 seeds, +- their standard deviation): E[r] after 1, 2, 3 rounds 1.23 +- 0.02, 1.89 +- 0.01, 1.960 +- 0.002
+       for 1.524, 1.958, 1.993: 83%, 97% and 98% of the exact rise; DAV-KL 0.84, 1.48, 1.66 for 1.11, 1.65, 1.69. The
+       E-step is right (1.503 +- 0.010 for 1.524); what lags is the M-step: the measured reward is rugged, and 2 million
+       exact samples with 1500 updates of 1024 still gave a network 90% of the first rise. Local search stays behind:
+       1.33, 1.00 and 0.71 of 1.524 with 8 children and the exact, argmax and drawn forecasts.
+To try: --kl-weight 0.2 --rounds 4 (more activity, and the diversity falls below 85% of the base model's);
+--gamma 0.9; --value argmax (the official forecast); --world mpsa --search local.
 """
 import argparse
 import copy
