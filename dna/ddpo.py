@@ -24,8 +24,15 @@ Algorithm (`policy_update`)
        The log probabilities are summed, not averaged, and belong to the letters set in the step alone: whether a place
        is set does not depend on the parameters.
 
-What you should see: nothing is recorded yet; the default sizes and rates are first choices, not tuned ones.
-To try: --clip 10 (no clipping), --updates 32 (far off policy), --kl-weight 0.1.
+What you should see (3 seeds, mean and standard deviation). hepg2: without KL the reward by oracle A rises from -2.3 to
+2.8±1.6 (one seed ends at 1.0, two near 3.6), oracle B, which only measures, to a median of 2.1±1.3 (real elements 1.0),
+and in two of three seeds all motifs are lost and the 3-mer correlation is -0.33 (base 0.96). With KL, and the same in
+every seed: A 1.2±0.1, B 0.9±0.1, 96 edits a pair (base 110, without KL 79), 3-mer correlation 0.47, A less B 0.3
+instead of 0.7, FOXA2 in 34% and HNF1A in 61%, HNF4A in 7%, below the base. mpsa: E[r] / kl_weight - KL rises from -0.39
+to 0.46±0.04 with KL. log Z is 1.12, 0.98 for the base network, and the exact denoiser of the target reaches 0.87 in
+these 16 steps: two thirds of that rise. Without KL 4000 samples hold less than ten sequences, and the KL is 10.
+To try: --world mpsa --clip 10 (no clipping: the same), --world mpsa --iterations 300 (objective 0.56: the noise of the
+gradient is what limits it), --lr 2e-3 (without KL: A 4.5, B 3.8, 65 edits, no motifs).
 """
 import argparse
 import copy

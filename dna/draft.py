@@ -28,8 +28,15 @@ Algorithm (`drakes_update`)
        letters at every masked place times the chance of being set: exact at one-hot states. For the steps without
        gradient it is taken at one of them, drawn at random, times their number.
 
-What you should see: nothing is recorded yet; the default sizes and rates are first choices, not tuned ones.
-To try: --soft, --truncate 2, --temperature 0.3.
+What you should see (3 seeds, mean and standard deviation). hepg2: without KL the reward by oracle A rises from -2.3 to
+4.4±0.1, oracle B, which only measures, to a median of 3.1±0.3 (real elements 1.0, their highest tenth from 3.9), and
+the samples narrow: 69 edits a pair instead of 110, 3-mer correlation 0.29 (base 0.96), HNF1A in 94% and no other motif.
+With KL: A 2.1, B 1.7±0.1, 96 edits, 3-mer correlation 0.43, A less B 0.4 instead of 1.3, FOXA2 in 46% and HNF1A in
+63%, but HNF4A in 6%, below the base. Under the KL reward and KL swing during the training. mpsa: E[r] / kl_weight - KL
+rises from -0.39 to 0.40±0.04 with KL. log Z is 1.12, 0.98 for the base network, and the exact denoiser of the target
+reaches 0.87 in these 16 steps: two thirds of that rise. Without KL 2% of the samples differ, and the KL is 8.
+To try: --world mpsa --temperature 1 (the bias shows: E[r] 1.84, objective -0.17 with KL), --world mpsa --truncate 4
+(hardly leaves the base), --world mpsa --soft (the same), --lr 2e-3 (seed 0: 16 edits a pair; seed 1: one sequence).
 """
 import argparse
 import copy
