@@ -881,7 +881,7 @@ def tune(world, args, kl, folder):
             fail(f"{part} was made with other settings: {found}.")
     for k in range(len(history), args.rounds):
         start = time.perf_counter()
-        paths, spent = e_step(world, net, args, rng)
+        paths, spent = search_model(world, net, args, rng)
         x, _ = sample_masked(CountRows(net, args.bf16), args.trajectories, world.length, args.steps, rng)
         loss = fit_paths(net, base, paths["x"], paths["when"], kl, args.updates, args.batch, args.lr, rng, args.bf16)
         with torch.no_grad():
@@ -903,7 +903,7 @@ def tune(world, args, kl, folder):
     return net, history, calls
 
 
-def e_step(world, net, args, rng, n=None):
+def search_model(world, net, args, rng, n=None):
     """The search that the flags name, with a network -> its trajectories, rows of denoiser and oracle it took."""
     denoiser, reward = CountRows(net, args.bf16), CountRows(world.reward)
     n = (n or args.trajectories) // args.particles * args.particles
@@ -1067,7 +1067,7 @@ def run_elements(world, args, folder, rng):
         sets[label], spent = sample_masked(CountRows(net, args.bf16), args.samples, world.length, args.steps, rng)
         calls["denoiser"] += spent
     for label, net in (("search", world.network), ("dav_posterior", tuned["dav"])):
-        paths, spent = e_step(world, net, args, rng, args.samples)
+        paths, spent = search_model(world, net, args, rng, args.samples)
         sets[label], calls = paths["x"], {key: calls[key] + spent[key] for key in calls}
     for label, x in sets.items():
         measures = element_measures(world, x, args.levels, rng)
@@ -1102,7 +1102,7 @@ def run_splice(world, args, folder, rng):
                           search_reward=(tilted @ reward).item(), search_held_out=(tilted @ held_out).item())
             rows += [row(f"{label}_round_{k}.mpsa.{key}", *v, wanted.get(key)) for key, v in numbers.items()]
         x, rows_ = sample_masked(CountRows(net), args.samples, 9, args.steps, rng)
-        paths, more = e_step(world, net, args, rng, args.samples)
+        paths, more = search_model(world, net, args, rng, args.samples)
         add(label, exact[-1][0], x)
         add(f"{label}_posterior", exact[-1][2], paths["x"], args.particles)
         calls = {key: calls[key] + spent[key] + more[key] + rows_ * (key == "denoiser") for key in calls}
@@ -1142,7 +1142,7 @@ TITLES = {"real_hepg2": "real HepG2", "random": "random", "base": "base", "searc
           "dav_kl": "DAV-KL", "dav_posterior": "DAV posterior"}
 
 
-def draw_rounds(axes, name, rows, last):
+def draw_curves(axes, name, rows, last):
     """Reward and ELBO by round, of models and of their E-steps; dotted where an exact value is known."""
     table = {r["name"]: r for r in rows}
     for label, color in COLORS.items():
@@ -1166,7 +1166,7 @@ def draw_activity(path, world, rows):
     """By round: reward and ELBO; then activity by the held-out oracle against diversity (DAV Fig. 5), and motifs."""
     value = {r["name"]: r["estimate"] for r in rows}
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), width_ratios=[1, 1, 1, 1.4])
-    draw_rounds(axes[:2], world.name, rows, "activity")
+    draw_curves(axes[:2], world.name, rows, "activity")
     for label, title in TITLES.items():
         x, y = (value[f"{label}.{world.name}.{key}"] for key in ("diversity", "held_out"))
         axes[2].scatter(x, y, color=COLORS.get(label, "#555555"), s=20)
@@ -1190,7 +1190,7 @@ def draw_law_rounds(path, rows):
     """By round: reward and ELBO against enumeration; then the E-steps of one round on the exact denoiser."""
     table = {r["name"]: r for r in rows}
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=[1, 1, 1.2])
-    draw_rounds(axes[:2], "mpsa", rows, "mean_reward")
+    draw_curves(axes[:2], "mpsa", rows, "mean_reward")
     labels = ["selection_exact", "selection_argmax", "local_exact", "local_draws", "local_argmax", "smc_draws",
               "nested_draws"]
     lines = [table[f"{label}.mpsa.mean_reward"] for label in labels]
