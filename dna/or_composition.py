@@ -28,7 +28,7 @@ one whose entropy alone is above the cross entropies of the others.
 
 Algorithm
        1. a model for each cell type: maximum likelihood on its elements                       `fit_weighted`
-       2. log probabilities of paths to its elements (mpsa: its samples) under all the models  `mixture_paths`
+       2. log probabilities under all the models of paths to its elements (mpsa: to samples)   `mixture_paths`
        3. the mixture of models in closed form: letters by the posterior weights of the models, given the letters set so
           far; from the paths of 2, KL and cross entropy of every cell type for it    `mixture_letters`, `mixture_gap`
        4. raise the multiplier of the larger ones, repeat, average the second half     `primal_dual`, `dual_update`
@@ -72,8 +72,8 @@ PRESETS = {  # what the size flags default to
     ("hepg2", "default"): dict(updates=100, batch=64, steps=32, draws=64, dual_steps=200, levels=4),
     ("hepg2", "paper"): dict(updates=2000, batch=256, steps=200, draws=1000, dual_steps=200, levels=128),
     ("mpsa", "quick"): dict(updates=1, batch=1, steps=9, draws=5000, dual_steps=100, levels=1),
-    ("mpsa", "default"): dict(updates=1, batch=1, steps=9, draws=200_000, dual_steps=200, levels=1),
-    ("mpsa", "paper"): dict(updates=1, batch=1, steps=9, draws=2_000_000, dual_steps=200, levels=1),
+    ("mpsa", "default"): dict(updates=1, batch=1, steps=9, draws=100_000, dual_steps=200, levels=1),
+    ("mpsa", "paper"): dict(updates=1, batch=1, steps=9, draws=1_000_000, dual_steps=200, levels=1),
 }
 
 
@@ -393,15 +393,27 @@ def mixture_paths(denoisers, weights, n, length, steps, rng, x0=None):
     return dict(x=x, log_q=log_q, entropy=entropy.double())
 
 
+def pooled_tables(log_q, entropy):
+    """Tables for `mixture_gap` from draws of every law, log_q (m, N, m), entropy (m): all draws serve each of the laws.
+
+    Their shares are those of importance sampling from the mean of the laws, in proportion to q_i / sum_j q_j: bounded,
+    and with a third of the error that the law's own draws leave.
+    """
+    pooled = log_q.flatten(0, 1)
+    return [(pooled, (own - pooled.logsumexp(1)).softmax(0), h) for own, h in zip(pooled.T, entropy)]
+
+
 def mixture_gap(tables, weights, objective):
     """KL(q_i || mixture), or cross entropy, of every law -> list of (N,), to be averaged.
 
-    tables: of each law q_i, log_q (N, m) of its draws and an estimate of its entropy (a float).
+    tables: for each law q_i, log_q (N, m) of some draws, the shares with which they stand for the law (N,), sum one,
+    and an estimate of its entropy. The mean of the result is the weighted mean; its spread has the error of that.
     """
     gaps = []
-    for i, (log_q, entropy) in enumerate(tables):
+    for i, (log_q, share, entropy) in enumerate(tables):
         kl = log_q[:, i] - (weights.log().to(log_q) + log_q).logsumexp(1)
-        gaps.append(kl + entropy if objective == "elbo" else kl)
+        mean = share @ kl
+        gaps.append(mean + len(share) * share * (kl - mean) + (entropy if objective == "elbo" else 0))
     return gaps
 
 
@@ -602,14 +614,16 @@ def mix_splice(world, args, rng):
     problem = types.SimpleNamespace(log_q=log_q, entropy=-(log_q.exp() * log_q).sum(1))
     models = [CountRows(ExactDenoiser(p)) for p in log_q.exp()]
     properties = dict(mean_reward=world.law.rewards[0], mean_gc=((x == 1) | (x == 2)).double().sum(1).to(log_q))
-    tables, rows, paths, exact = [], [], {}, {}
+    draws, rows, paths, exact = [], [], {}, {}
     for i, one in enumerate(torch.eye(count, dtype=torch.float64)):
         parts = [mixture_paths(models, one, min(20_000, args.draws - k), 9, args.steps, rng)
                  for k in range(0, args.draws, 20_000)]
         entropy = torch.cat([part["entropy"] for part in parts])
-        tables.append((torch.cat([part["log_q"] for part in parts]), entropy.mean().item()))
+        draws.append((torch.cat([part["log_q"] for part in parts]), entropy.mean()))
         rows.append(row(f"model_{list(TILTS)[i]}.mpsa.entropy", *mean_and_se(entropy), problem.entropy[i].item()))
         progress("paths of the models", i + 1, count)
+    draws = [torch.stack(values) for values in zip(*draws)]
+    tables = pooled_tables(*draws)
     weights = dict(equal=torch.full((count,), 1 / count, dtype=torch.float64))
     for objective in args.objective:
         weights[objective], paths[objective] = primal_dual(tables, objective, args)
@@ -631,7 +645,7 @@ def mix_splice(world, args, rng):
         for key, f in properties.items():
             rows.append(row(f"{label}.mpsa.{key}", *mean_and_se(TableReward(f)(out["x"])), (target @ f).item(),
                             ((law @ f).item(), 0.0)))
-    return rows, dict(paths=paths, exact=exact, tables=tables, problem=problem), sum(m.rows for m in models)
+    return rows, dict(paths=paths, exact=exact, draws=draws), sum(m.rows for m in models)
 
 
 def mix_cells(world, args, folder, rng):
@@ -650,7 +664,7 @@ def mix_cells(world, args, folder, rng):
         x = some(training & of[i], args.draws)
         out = mixture_paths(models, torch.full((count,), 1 / count), len(x), world.length, args.steps, rng, x)
         entropy = mean_and_se(masked_bound(model, some(training & of[i], 16 * args.draws), 1, rng)[:, 0])
-        tables.append((out["log_q"], entropy[0]))
+        tables.append((out["log_q"], torch.full_like(out["log_q"][:, 0], 1 / len(x)), entropy[0]))
         rows.append(row(f"model_{cells[i]}.{name}.entropy", *entropy))
         progress("paths to elements", i + 1, count)
     weights = dict(equal=torch.full((count,), 1 / count, dtype=torch.float64))
@@ -732,7 +746,8 @@ def draw_splice_mixture(path, rows, found, args):
     for objective in args.objective:
         errors = []
         for size in sizes:
-            parts = [[(log_q[k * size : (k + 1) * size], entropy) for log_q, entropy in found["tables"]]
+            log_q, entropy = found["draws"]
+            parts = [pooled_tables(log_q[:, k * size : (k + 1) * size], entropy)
                      for k in range(min(4, args.draws // size))]
             errors.append(np.mean([(primal_dual(part, objective, args)[0] - found["exact"][objective])[0] ** 2
                                    for part in parts]) ** 0.5)

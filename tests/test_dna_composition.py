@@ -300,7 +300,7 @@ def tables(log_q=LOG_Q, n=10_000):
     found = []
     for p, entropy in zip(log_q.exp(), exact_problem(log_q).entropy):
         index = lor.invert_cdf(p[None], ((torch.arange(n, dtype=F) + 0.5) / n)[None])[0]
-        found.append((log_q[:, index].T, entropy.item()))
+        found.append((log_q[:, index].T, torch.full((n,), 1 / n, dtype=F), entropy.item()))
     return found
 
 
@@ -322,6 +322,23 @@ def test_multipliers_of_or(log_q, objective):
         assert (weights - exact).abs().max() < 1e-3 and len(path) == 101
         swapped = planted("dna/or_composition.py", ("kl = log_q[:, i] - (weights", "kl = -log_q[:, i] + (weights"))
         assert (swapped.primal_dual(tables(log_q), objective, args)[0] - exact).abs().max() > 0.01
+
+
+def pooled(n=20_000):
+    """Draws of both laws, each of which serves both."""
+    index = torch.multinomial(LOG_Q.exp(), n, replacement=True, generator=generator(9))
+    return lor.pooled_tables(LOG_Q.T[index], exact_problem().entropy)
+
+
+def test_draws_of_all_laws_serve_each():
+    for weights in WEIGHTS:
+        kl = lor.divergences(exact_problem(), weights)
+        for i, gap in enumerate(lor.mixture_gap(pooled(), weights, "kl")):
+            assert abs(z_score(gap, kl[i])) < 5
+            own = LOG_Q[i] - (weights @ LOG_Q.exp()).log()  # the error of as many draws of the law itself
+            assert gap.std() / len(gap) ** 0.5 < 0.8 * (LOG_Q[i].exp() @ (own - kl[i]) ** 2 / 20_000) ** 0.5
+    weights, _ = lor.primal_dual(pooled(), "kl", dual_args(dual_steps=100, dual_lr=0.1))
+    assert (weights - lor.exact_weights(exact_problem(), "kl")).abs().max() < 0.01
 
 
 def test_gaps_are_kl_and_cross_entropy():
