@@ -100,7 +100,7 @@ PRESETS = {  # what the size flags default to
                              dual_groups=64, levels=128),
     ("mpsa", "quick"): dict(updates=1, batch=1, steps=9, groups=20, particles=100, dual_steps=10, dual_groups=20,
                             levels=1),
-    ("mpsa", "default"): dict(updates=1, batch=1, steps=9, groups=40, particles=1000, dual_steps=24, dual_groups=30,
+    ("mpsa", "default"): dict(updates=1, batch=1, steps=9, groups=40, particles=1000, dual_steps=20, dual_groups=20,
                               levels=1),
     ("mpsa", "paper"): dict(updates=1, batch=1, steps=9, groups=100, particles=1000, dual_steps=100, dual_groups=100,
                             levels=1),
@@ -538,7 +538,8 @@ def sample_product(denoisers, weights, groups, particles, length, steps, rng, es
     The models' kernels have the same places to set, so that their product is the kernel of `product_letters` times the
     C of the letters that are set. Returns x (N, L), N = groups x particles, log_w (G, P), log_z (G,) with
     E[exp(log_z)] = Z, log_q (N, m), and kl (N, m), the letters' KL to each model summed over the states met; with ess=0
-    nothing is resampled, and these without weights are the paths of the surrogate.
+    nothing is resampled, and these without weights are the paths of the surrogate. luck (G, m): how far the letters
+    drawn exceeded their mean in weights . log_q - log_q_i, a number whose mean is zero, see `path_kl`.
     """
     n, device = groups * particles, rng.device
     first_slot = torch.arange(groups, device=device)[:, None] * particles
@@ -546,7 +547,7 @@ def sample_product(denoisers, weights, groups, particles, length, steps, rng, es
     log_p = predict_all(denoisers, x)
     state = {name: value.expand(n, *value.shape[1:]) for name, value in dict(x=x, log_p=log_p).items()}
     state |= {name: torch.zeros(n, len(denoisers), device=device).double() for name in ("log_q", "kl")}
-    state["log_w"], log_z, history = torch.zeros(n, device=device).double(), 0, []
+    state["log_w"], log_z, luck, history = torch.zeros(n, device=device).double(), 0, 0, []
     for count in letter_counts(length, steps):
         log_w = state["log_w"].view(groups, particles)
         size = effective_sample_size(log_w)
@@ -560,23 +561,28 @@ def sample_product(denoisers, weights, groups, particles, length, steps, rng, es
 
         log_p, masked = state["log_p"], state["x"] == MASK
         letters, log_c = product_letters(log_p, weights)
-        apart = (letters_kl(letters[:, None], log_p) * masked[:, None]).sum(2) / masked.sum(1, keepdim=True)  # (N, m)
+        share = (masked / masked.sum(1, keepdim=True))[:, None]  # which places are set is random: the mean over them
+        apart = (letters_kl(letters[:, None], log_p) * share).sum(2)  # (N, m)
         x, new = set_letters(letters, state["x"], count, rng)
-        state["kl"] = state["kl"] + count * apart  # its mean over which of the masked letters are set
-        state["log_q"] = state["log_q"] + torch.stack([letters_log_p(own, x, new) for own in log_p.unbind(1)], 1)
+        own = torch.stack([letters_log_p(model, x, new) for model in log_p.unbind(1)], 1)
+        surprise = (own @ weights.to(own))[:, None] - own - count * (apart + (log_c[:, None] * share).sum(2))
+        luck = luck + (state["log_w"].view(groups, particles).softmax(1)[:, :, None]
+                       * surprise.view(groups, particles, -1)).sum(1)
+        state["kl"], state["log_q"] = state["kl"] + count * apart, state["log_q"] + own
         state["log_w"] = state["log_w"] + torch.where(new, log_c, 0).sum(1)
         state["x"] = x
         if (x[0] == MASK).any():
             state["log_p"] = predict_all(denoisers, x)
     log_w = state["log_w"].view(groups, particles)
-    return dict(state, log_w=log_w, log_z=log_z + log_mean_exp(log_w), history=history)
+    return dict(state, log_w=log_w, log_z=log_z + log_mean_exp(log_w), luck=luck, history=history)
 
 
 def path_kl(out, weights, corrected):
     """KL of what `sample_product` returned from each model, in every group (G, m): average them.
 
-    corrected: E[weights . log_q - log_q_i] - log Z over the weighted paths; the estimate of Z, one for all groups,
-    enters each by its first-order share, so that the groups' spread is the standard error. Else: the letters' KL.
+    corrected: E[weights . log_q - log_q_i] - log Z over the weighted paths, less the luck of the letters drawn, which
+    costs no exactness and most of the spread; the estimate of Z, one for all groups, enters each by its first-order
+    share, so that the groups' spread is the standard error. Else: the letters' KL.
     """
     log_w, log_z = out["log_w"], out["log_z"]
     if not corrected:
@@ -584,7 +590,7 @@ def path_kl(out, weights, corrected):
     gap = (out["log_q"] @ weights.to(log_w))[:, None] - out["log_q"]  # (N, m)
     gap = (log_w.softmax(1)[:, :, None] * gap.view(*log_w.shape, -1)).sum(1)
     total = log_mean_exp(log_z[None])
-    return gap - total - ((log_z - total).exp() - 1)[:, None]
+    return gap - out["luck"] - total - ((log_z - total).exp() - 1)[:, None]
 
 
 def constrained_weights(denoisers, length, args, rng, corrected):

@@ -185,6 +185,10 @@ def test_sampler_is_unbiased():
     out = sampled()
     assert sum(share for _, share in out["history"]) > 1, "nothing was resampled"
     assert not (out["x"] == MASK).any()
+    flat = [land.ExactDenoiser((0.3 * log_q).softmax(0)) for log_q in LOG_Q]
+    out = land.sample_product(flat, HERE, 64, 128, LENGTH, LENGTH, generator(4))
+    kl = land.path_kl(out, HERE, True)
+    assert (kl.std(0) < 0.6 * (kl + out["luck"]).std(0)).all()  # what the luck of the letters is there for
 
 
 def test_sampler_in_one_step():
@@ -214,8 +218,9 @@ AND_BUGS = {
                                          'if False:\n            state["log_p"]')],
     "KL of the letters the wrong way round": [("return (log_p.exp() * (log_p - log_q)).sum(-1)",
                                                "return (log_q.exp() * (log_q - log_p)).sum(-1)")],
-    "mean of the letters' KL, not of so many": [('state["kl"] + count * apart', 'state["kl"] + apart')],
-    "KL without log Z": [("return gap - total - ", "return gap - ")],
+    "mean of the letters' KL, not of so many": [('state["kl"] + count * apart, ', 'state["kl"] + apart, ')],
+    "KL without log Z": [('return gap - out["luck"] - total - ', 'return gap - out["luck"] - ')],
+    "luck without the normalisers": [("(apart + (log_c[:, None] * share).sum(2))", "apart")],
     "KL the wrong way round": [('[:, None] - out["log_q"]  # (N, m)', '[:, None] * -1 + out["log_q"]')],
     "KL without weights": [("gap = (log_w.softmax(1)", "gap = (torch.zeros_like(log_w).softmax(1)")],
 }
