@@ -294,7 +294,7 @@ def test_dual_ascent_reaches_the_exact_multipliers(b):
     assert (ali.exact_ascent(problem, ARGS)[-1] - problem.dual).abs().max() < 1e-3
 
 
-UPDATE = "dual_update(dual, (problem.b - reward) / problem.scale.cpu() ** 2, memory, args.dual_lr)"
+UPDATE = "dual_update(dual, (problem.b - reward) / problem.scale.cpu() ** 2, memory"
 ASCENT_BUGS = {
     "wrong sign of the dual step": [(UPDATE, UPDATE.replace("problem.b - reward", "reward - problem.b"))],
     "threshold left out": [(UPDATE, UPDATE.replace("problem.b - reward", "-reward"))],
