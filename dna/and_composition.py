@@ -4,9 +4,9 @@ Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusio
 NeurIPS 2025, arXiv 2508.19104, carried over to masked diffusion. Same multipliers as toy/and_composition.py; where that
 sums scores, this one multiplies the probabilities of the four letters.
 
-Run    python dna/and_composition.py                       HepG2 and K562, 200 bp          TIME_DEFAULT
+Run    python dna/and_composition.py                       HepG2 and K562, 200 bp          4 minutes, one CPU core
        python dna/and_composition.py --quick               the same, coarse                20 seconds
-       python dna/and_composition.py --world mpsa          9-mers, everything enumerable   TIME_MPSA
+       python dna/and_composition.py --world mpsa          9-mers, everything enumerable   30 seconds
        python dna/and_composition.py --cells hepg2 k562 gm12878        of three cell types
        python dna/and_composition.py --resume              with the cell types' models that the last run trained
        python dna/and_composition.py --paper --device cuda             one letter a step, more of everything
@@ -39,7 +39,13 @@ order. So the product of the models' path laws is the law of the order times pro
 the paths, prod C, average to Z(lambda). With several letters a step, or with networks, whose orders do not agree, the
 same holds of path laws. Without weights (`constrained`, as in the paper's Algorithm 3) all are those of another law.
 
-What you should see: WHAT_YOU_SEE
+What you should see: mpsa: at equal weights the product is 0.73 nats from one law and 2.05 from the other; at (0.414,
+0.586) it is 1.451 from both, which is -log Z. SMC finds these weights to 1e-3, and log Z with a standard error of 0.003.
+By the letters' KLs without weights they are (0.390, 0.610), and what is sampled there differs from the product by a total
+variation of 0.15: it is 1.51 nats from the worse law, and its paths 1.63. hepg2: the labels, cell-type-specific
+accessibility, tell little: the two models are 0.8 nats apart, for sequences of 264 nats, and their product is 0.2 nats
+from each of them at equal weights already. Constrained weights are the same within their error, SMC hardly changes what
+is sampled, and hardly any sequence is open in both cell types by the classifier, as in real elements.
 To try: --world mpsa --steps 3: several letters at once; --ess 0: importance weights alone; --updates 1000.
 """
 import argparse

@@ -3,9 +3,9 @@
 Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusion Models using Constrained Learning",
 NeurIPS 2025, arXiv 2508.19104, carried over to masked diffusion. Same problem and multipliers as toy/or_composition.py.
 
-Run    python dna/or_composition.py                        three cell types, 200 bp        TIME_DEFAULT
+Run    python dna/or_composition.py                        three cell types, 200 bp        4 minutes, one CPU core
        python dna/or_composition.py --quick                the same, coarse                20 seconds
-       python dna/or_composition.py --world mpsa           9-mers, everything enumerable   TIME_MPSA
+       python dna/or_composition.py --world mpsa           9-mers, everything enumerable   30 seconds
        python dna/or_composition.py --cells hepg2 k562 gm12878 hesc        of all four: equal weights are the base model
        python dna/or_composition.py --resume               with the networks that the last run trained
        python dna/or_composition.py --paper --device cuda          longer training, more elements
@@ -34,7 +34,12 @@ Algorithm
        4. raise the multiplier of the larger ones, repeat, average the second half     `primal_dual`, `dual_update`
        5. one network, fine-tuned on elements drawn with these multipliers            `fit_weighted`
 
-What you should see: WHAT_YOU_SEE
+What you should see: mpsa: weights within 1e-3 of (0.094, 0.906) for `elbo`, where both cross entropies are 9.403 nats
+(equal weights: 8.27 and 9.82), and of (0.487, 0.513) for `kl`, where both KLs are 0.444 (equal: 0.425 and 0.462).
+hepg2: the cell types' models differ by 0.1 to 0.5 nats of 264 on the held-out chromosome 2, so that the regret of any
+mixture is small: 0.2 nats in the worst case for equal weights, 0.13 for `kl`, with standard errors of 0.08. `kl` gives
+GM12878, which the models of the other two cover, a weight near zero; `elbo` gives all to K562, whose elements have the
+largest entropy, if only by half a nat to one, and then loses half a nat elsewhere. Shares by oracle B do not tell the models apart.
 To try: --world mpsa --draws 1000; --cells hepg2 hesc; --objective elbo --dual-lr 0.5.
 """
 import argparse
