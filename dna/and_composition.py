@@ -40,8 +40,8 @@ the paths, prod C, average to Z(lambda). With several letters a step, or with ne
 same holds of path laws. Without weights (`constrained`, as in the paper's Algorithm 3) all are those of another law.
 
 What you should see: mpsa: at equal weights the product is 0.73 nats from one law and 2.05 from the other; at (0.414,
-0.586) it is 1.451 from both, which is -log Z. SMC finds these weights to 1e-3, and log Z with a standard error of 0.003.
-By the letters' KLs without weights they are (0.390, 0.610), and what is sampled there differs from the product by a total
+0.586) it is 1.451 from both, which is -log Z. SMC finds these weights to 1e-3, and log Z to its error of 0.003. By the
+letters' KLs without weights they are (0.390, 0.610), and what is sampled there differs from the product by a total
 variation of 0.15: it is 1.51 nats from the worse law, and its paths 1.63. hepg2: the labels, cell-type-specific
 accessibility, tell little: the two models are 0.8 nats apart, for sequences of 264 nats, and their product is 0.2 nats
 from each of them at equal weights already. Constrained weights are the same within their error, SMC hardly changes what

@@ -39,7 +39,8 @@ What you should see: mpsa: weights within 1e-3 of (0.094, 0.906) for `elbo`, whe
 hepg2: the cell types' models differ by 0.1 to 0.5 nats of 264 on the held-out chromosome 2, so that the regret of any
 mixture is small: 0.2 nats in the worst case for equal weights, 0.13 for `kl`, with standard errors of 0.08. `kl` gives
 GM12878, which the models of the other two cover, a weight near zero; `elbo` gives all to K562, whose elements have the
-largest entropy, if only by half a nat to one, and then loses half a nat elsewhere. Shares by oracle B do not tell the models apart.
+largest entropy, if only by half a nat to one, and then loses half a nat elsewhere. Shares by oracle B do not tell the
+models apart.
 To try: --world mpsa --draws 1000; --cells hepg2 hesc; --objective elbo --dual-lr 0.5.
 """
 import argparse
