@@ -37,7 +37,7 @@ Algorithm (`primal_dual`)
        The paper takes the gradient. For letters it is biased: in mpsa, with the multipliers of `equal`, it ends at an
        activity of 0.30 and a KL of 0.74, where the optimum has 0.96 and 1.19, and with duals it circles at a KL of 3.5.
        Likelihood has the aligned law as its only optimum, and is the default there. On 200 letters it learns too slowly
-       (250 steps towards a mean activity of 3.7 moved the base model from -2.3 to -1.4), and the gradient is.
+       (250 steps towards a mean activity of 3.7 moved the base model from -2.3 to -1.4): there the gradient is.
 
 `dual_only` puts the aligned law itself in place of the network: what is left is the error of the dual ascent. `equal`
 fixes the same weight, in standard deviations, for both rewards, as a penalty does: a threshold is missed.
