@@ -758,7 +758,7 @@ def draw_splice_mixture(path, rows, found, args):
             errors.append(np.mean([(primal_dual(part, objective, args)[0] - found["exact"][objective])[0] ** 2
                                    for part in parts]) ** 0.5)
         axes[3].loglog(sizes, errors, "o-", color=COLORS[objective], label=objective)
-    axes[3].loglog(sizes, [errors[-1] * (sizes[0] / size) ** 0.5 for size in sizes], ":", color="black",
+    axes[3].loglog(sizes, [errors[-1] * (sizes[-1] / size) ** 0.5 for size in sizes], ":", color="black",
                    label="N$^{-1/2}$")
     axes[3].set(xlabel="draws N of each law", ylabel="error of the first multiplier, root mean square")
     axes[3].legend(fontsize=7)
