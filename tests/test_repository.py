@@ -81,6 +81,9 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     | {"dual_ascent", "spread", "gather", "log_mean_and_se"},
     "dna/or_composition.py": FILES | SEQUENCES - {"unmask"} | CELL_MODELS
     | {"divergences", "hide", "hidden_loss", "masked_bound", "mean_and_se"},
+    "sd/dav.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | TRAINING - {"draw_prompts", "smoothed"} | RESAMPLING
+    | {"weighted_gain", "per_particle", "gather", "look_ahead", "guide", "log_ratio", "search", "transitions",
+       "mean_per_noise", "search_samples"},
     "dna/prepare_data.py": {"fail", "write_atomically"},
     "dna/pretrain.py": FILES | SEQUENCES | JUDGES | {"MarkovChain", "both_strands", "either_strand", "refresh",
                                                      "sample_masked", "fit_network", "denoiser_batches"},
