@@ -24,10 +24,10 @@ What you should see (median of oracle B, mean ± standard deviation over three s
 7.4±0.4 and the search of DAV on the base model 5.1±0.1; all three pass the highest tenth of real HepG2 elements, 3.9.
 Of the tuned models alone DRAKES without KL has the most, 3.1±0.3, at 69 edits a pair (base model 110) and with one
 motif for all; DAV has 2.4±0.7 at 106 edits, DRAKES 1.7±0.1 at 96, DAV-KL 1.0±0.4 at 108, DDPO + KL 0.9±0.1 at 96;
-DDPO depends on the seed. So the paper's order holds for diversity and for the posterior; for the reward of the tuned models
-alone it does not at this size (three rounds on 128 trajectories; the paper has 200 on 256). Whatever searches with
-oracle A at test time pays in over-optimisation, 1.3 to 2.0; the tuned models pay with words of three letters, of which
-DAV-KL keeps 0.85±0.12, DAV 0.68±0.11 and DRAKES 0.43±0.01 (base model 0.94).
+DDPO depends on the seed. So the paper's order holds for diversity and for the posterior; for the reward of the tuned
+models alone it does not at this size (three rounds on 128 trajectories; the paper has 200 on 256). Whatever searches
+with oracle A at test time pays in over-optimisation, 1.3 to 2.0; the tuned models pay with words of three letters, of
+which DAV-KL keeps 0.85±0.12, DAV 0.68±0.11 and DRAKES 0.43±0.01 (base model 0.94).
 To try: --seeds 1 after changing a default in dav.py: only that script runs again.
 """
 import json

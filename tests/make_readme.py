@@ -217,6 +217,53 @@ def dna_das():
                  lines)
 
 
+def dna_exact():
+    """The enumerated world: one number of every script beside the exact one."""
+    lines = []
+
+    def add(script, label, name, digits=3, truth=None):
+        runs = records(f"dna/{script}_mpsa")
+        if runs:
+            lines.append([f"`{script}.py`", label, spread(runs, name, digits),
+                          exact(runs, name, digits) if truth is None else truth(runs)])
+
+    def other(name, digits=3):
+        return lambda runs: f"{runs[0][name]['estimate']:.{digits}f}"
+
+    add("das", "log Z", "das.mpsa.log_z")
+    add("das", "E[r] of the tilt", "das.mpsa.mean_reward")
+    add("dav", "E[r] of the model after three rounds", "dav.mpsa.mean_reward")
+    add("dav", "ELBO of the third E-step", "dav_round_2.mpsa.elbo")
+    add("dav", "E[r] with KL, after three rounds", "dav_kl.mpsa.mean_reward")
+    add("draft", "objective E[r] / α − KL, with KL", "draft_kl.mpsa.objective")
+    add("ddpo", "objective E[r] / α − KL, with KL", "ddpo_kl.mpsa.objective")
+    add("and_composition", "multiplier 1, letters alone (the paper's Algorithm 3)", "constrained.mpsa.dual_1")
+    add("and_composition", "multiplier 1, weighted paths", "constrained_smc.mpsa.dual_1")
+    add("or_composition", "weight 1 of the mixture, KL", "kl.mpsa.dual_1", 4)
+    add("or_composition", "weight 1 of the mixture, cross entropy", "elbo.mpsa.dual_1", 4)
+    add("constrained_alignment", "multiplier 1, exact law", "dual_only.mpsa.dual_1")
+    add("constrained_alignment", "multiplier 1, network", "constrained.mpsa.dual_1")
+    add("msdda", "E[r1] at (1/2, 1/2), merged letters", "msdda.mpsa.reward_1_w50_50")
+    add("msdda", "the same, with C_t as weight", "msdda_smc.mpsa.reward_1_w50_50")
+    return table(["script", "quantity", "ours", "exact"], lines)
+
+
+def dna_compare():
+    """One record: its se is the standard deviation over three seeds."""
+    rows, lines = (records("dna/compare") or [{}])[0], []
+    labels = dict(real_hepg2="real HepG2 elements", random="random letters", base="base model",
+                  guidance="guidance", importance="best of 8", bootstrap="SMC, bootstrap", das="DAS",
+                  search="search on the base model", ddpo="DDPO", ddpo_kl="DDPO + KL", draft="DRAKES without KL",
+                  draft_kl="DRAKES", dav="DAV", dav_kl="DAV-KL", dav_posterior="DAV posterior")
+    keys = dict(held_out=2, over_optimisation=2, accessible=2, kmer3_correlation=2, diversity=1, log_likelihood=0,
+                wanted=2, unwanted=2)
+    for name, label in labels.items() if rows else ():
+        cells = [(rows[f"{name}.hepg2.{key}"], digits) for key, digits in keys.items()]
+        lines.append([label, *(f"{r['estimate']:.{n}f} ± {r['se']:.{n}f}" for r, n in cells)])
+    return table(["elements", "oracle B", "A − B", "accessible", "3-mers", "diversity", "log p", "wanted motifs",
+                  "unwanted"], lines)
+
+
 def sd_das():
     runs, lines = records("sd/das"), []
     for method, label in dict(base="base", best_of_n="best of 16", importance="importance resampling",
@@ -254,13 +301,15 @@ def gallery():
         "EMD of DAS, gmm2", "das.gmm2.emd", 2, "", "", f"{records('toy/compare')[0]['target.gmm2.emd']['estimate']:.2f}")
     add("DAS Fig. 2", "sd/das", "sd/results/das.png", "sd/das.py", "5.5", "reward, base standard deviations",
         "das.all.gain", 2, "", "", spread(records("sd/das"), "reference.all.gain", 2))
+    add("DAV Fig. 5", "dna/compare", "dna/results/compare.png", "dna/compare.py", "45",
+        "oracle B of DAV posterior (DAS 7.4, base -2)", "dav_posterior.hepg2.held_out", 1, "", "", "")
     return table(["figure", "script", "command", "minutes", "ours", "official code", "paper", "exact"], rows)
 
 
 TABLES = {"gallery": gallery, "das": das_reference, "das methods": das_methods, "and": and_reference, "and samplers": and_samplers,
           "or": or_reference, "alignment": alignment_reference, "msdda": msdda_reference, "dav": dav_reference,
           "baselines": baselines_reference, "compare": compare_reference, "dna base": dna_base,
-          "dna das": dna_das, "sd das": sd_das}
+          "dna das": dna_das, "dna exact": dna_exact, "dna compare": dna_compare, "sd das": sd_das}
 
 
 def fill(text):
