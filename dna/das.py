@@ -434,9 +434,11 @@ def temper_schedule(steps, gamma, kind):
     """
     if kind == "none":
         return torch.ones(steps + 1)
+    # exercise 1: the schedule of the docstring, which is 0 at first and 1 at the end, for any gamma
     temper = ((1 + gamma) ** (torch.arange(steps + 1) * 100 / steps) - 1).clamp(max=1)
     temper[-1] = 1
     return temper
+    # end exercise
 
 
 def adapt_temper(log_w, value, temper, enough):
@@ -447,10 +449,12 @@ def adapt_temper(log_w, value, temper, enough):
     """
     low, high = temper, torch.ones_like(temper)
     all_the_way = effective_sample_size(log_w + value) >= enough
+    # exercise 3: halve the interval 30 times; the effective sample size of log_w + temper value falls with the temper
     for _ in range(30):
         middle = (low + high) / 2
         fine = effective_sample_size(log_w + middle[:, None] * value) >= enough
         low, high = torch.where(fine, middle, low), torch.where(fine, high, middle)
+    # end exercise
     return torch.where(all_the_way, 1.0, high)
 
 
@@ -481,8 +485,10 @@ def unmask(log_p, x, step, rng):
 
 def letters_log_p(log_p, x, new):
     """Log probability of the letters of x (N, L) at the places `new` (N, L) under log_p (N, L, 4) -> (N,), a sum."""
+    # exercise 11: x may hold masks, which no log probability belongs to: keep them away from gather
     letter = log_p.gather(2, x.clamp(max=3)[:, :, None])[:, :, 0]
     return torch.where(new, letter, 0).sum(1)
+    # end exercise
 
 
 def forecast(denoiser, reward, kl_weight, kind, guided, rng, chunk, x):
@@ -541,8 +547,10 @@ def tilt_letters(log_p, x, grad, temper, step, max_shift):
     weights from degenerating and costs no exactness, because the weight knows the tilt that was made.
     """
     shift, p = per_particle(temper, grad).to(grad) * grad, log_p.exp()
+    # exercise 12: size (N,), the standard deviation that the docstring speaks of; at least 1e-15, as it is divided by
     variance = (p * shift**2).sum(2) - (p * shift).sum(2) ** 2  # (N, L)
     size = (torch.where(x == MASK, variance, 0).sum(1) / step).clamp(min=1e-30).sqrt()
+    # end exercise
     return (log_p + shift * per_particle((max_shift / size).clamp(max=1), shift)).log_softmax(2)
 
 

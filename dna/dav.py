@@ -599,8 +599,10 @@ def invert_cdf(w, u):
 
 def letters_log_p(log_p, x, new):
     """Log probability of the letters of x (N, L) at the places `new` (N, L) under log_p (N, L, 4) -> (N,), a sum."""
+    # exercise 11: x may hold masks, which no log probability belongs to: keep them away from gather
     letter = log_p.gather(2, x.clamp(max=3)[:, :, None])[:, :, 0]
     return torch.where(new, letter, 0).sum(1)
+    # end exercise
 
 
 # ---- shared: weights -------------------------------------------------------------------------------------------------
@@ -827,10 +829,12 @@ def path_loss(net, base, x, when, place, kl):
     of theta, so that the KL is one of letters, and L times its mean over the masked places has the same expectation as
     the sum over steps, as long as each masked place is equally likely to be set.
     """
+    # exercise 13: step (n, 1); z, the state before it; log_p there; loss (n,) by hidden_loss, of the letters it set
     step = when.gather(1, place)
     z = torch.where(when > step, x, MASK)
     log_p = net(z)
     loss = hidden_loss(log_p, x, when == step)
+    # end exercise
     if kl:
         masked = z == MASK
         gap = (log_p.exp() * (log_p - predict(base, z))).sum(2)

@@ -503,9 +503,11 @@ def policy_loss(net, base, paths, worth, place, clip, kl_weight):
     x, step = paths["x"], paths["when"].gather(1, place)
     z, new = torch.where(paths["when"] > step, x, MASK), paths["when"] == step
     log_p, count = net(z), (paths["when"] == step).sum(1)
+    # exercise 14: ratio and gain (n,) of the letters set in the step; compare toy/ddpo.py
     change = (log_p.gather(2, x[:, :, None])[:, :, 0] - paths["log_p"]) * new
     ratio = change.sum(1).exp()
     gain = torch.minimum(ratio * worth, ratio.clamp(1 - clip, 1 + clip) * worth)
+    # end exercise
     loss = -gain * x.shape[1] / count
     if kl_weight:
         masked = z == MASK

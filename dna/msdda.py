@@ -718,11 +718,13 @@ def resample_systematic(log_w, rng):
 
     One uniform in the first interval of length 1 / P, and its shifts by 1 / P, through the inverse of the cdf.
     """
+    # exercise 6: one uniform number a group, in float64 from rng; torch.searchsorted inverts the distribution function
     groups, count = log_w.shape
     cdf = log_w.double().softmax(1).cumsum(1)
     u = torch.rand(groups, 1, generator=rng, dtype=cdf.dtype, device=cdf.device)
     u = (u + torch.arange(count, device=cdf.device)) / count
     return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=count - 1)
+    # end exercise
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

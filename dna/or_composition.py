@@ -317,9 +317,11 @@ def project_to_simplex(v):
 
     It is max(v - c, 0); c follows from the largest k entries of v that stay above it (Held, Wolfe, Crowder 1974).
     """
+    # exercise 4: how large is c if the largest k entries stay above it? and which k is right?
     top = v.sort(descending=True)[0]
     excess = (top.cumsum(0) - 1) / torch.arange(1, len(v) + 1, device=v.device)
     return (v - excess[(top > excess).sum() - 1]).clamp(min=0)
+    # end exercise
 
 
 def dual_update(dual, gap, memory, ki, kp=0.0, nu=0.0):
@@ -361,8 +363,10 @@ def set_letters(log_p, x, count, rng):
 
 def letters_log_p(log_p, x, new):
     """Log probability of the letters of x (N, L) at the places `new` (N, L) under log_p (N, L, 4) -> (N,), a sum."""
+    # exercise 11: x may hold masks, which no log probability belongs to: keep them away from gather
     letter = log_p.gather(2, x.clamp(max=3)[:, :, None])[:, :, 0]
     return torch.where(new, letter, 0).sum(1)
+    # end exercise
 
 
 def invert_cdf(w, u):

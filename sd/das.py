@@ -486,9 +486,11 @@ def temper_schedule(steps, gamma, kind):
     """
     if kind == "none":
         return torch.ones(steps + 1)
+    # exercise 1: the schedule of the docstring, which is 0 at first and 1 at the end, for any gamma
     temper = ((1 + gamma) ** (torch.arange(steps + 1) * 100 / steps) - 1).clamp(max=1)
     temper[-1] = 1
     return temper
+    # end exercise
 
 
 def adapt_temper(log_w, value, temper, enough):
@@ -499,10 +501,12 @@ def adapt_temper(log_w, value, temper, enough):
     """
     low, high = temper, torch.ones_like(temper)
     all_the_way = effective_sample_size(log_w + value) >= enough
+    # exercise 3: halve the interval 30 times; the effective sample size of log_w + temper value falls with the temper
     for _ in range(30):
         middle = (low + high) / 2
         fine = effective_sample_size(log_w + middle[:, None] * value) >= enough
         low, high = torch.where(fine, middle, low), torch.where(fine, high, middle)
+    # end exercise
     return torch.where(all_the_way, 1.0, high)
 
 
@@ -552,7 +556,9 @@ def guide(grad, sigma, temper, max_shift):
 
 def log_ratio(shift, z):
     """log p - log q -> (N,) of x = mean + sigma (shift + z) under the kernel p and the proposal q that drew z."""
+    # exercise 2: both densities are Gaussian with the same sigma: write them down, and see what is left of them
     return -(shift * z).flatten(1).sum(1) - 0.5 * (shift**2).flatten(1).sum(1)
+    # end exercise
 
 
 def das(predict_noise, reward, x, timesteps, abar, rng, particles, kl_weight=1.0, eta=1.0, temper="schedule",

@@ -245,9 +245,11 @@ def law_kl_update(log_eta, log_p0, kl):
     """
     log_ratio = (log_eta - log_p0).numpy(force=True)
 
+    # exercise 8: q at a given c; scipy's wrightomega(a) is the u with u + log u = a
     def log_q(c):
         u = wrightomega(log_ratio - math.log(kl) + c / kl)
         return log_eta - math.log(kl) - torch.as_tensor(u).to(log_eta).log()
+    # end exercise
 
     low = -1.0
     while log_q(low).logsumexp(0) < 0:
@@ -512,7 +514,9 @@ def guide(grad, sigma, temper, max_shift):
 
 def log_ratio(shift, z):
     """log p - log q -> (N,) of x = mean + sigma (shift + z) under the kernel p and the proposal q that drew z."""
+    # exercise 2: both densities are Gaussian with the same sigma: write them down, and see what is left of them
     return -(shift * z).flatten(1).sum(1) - 0.5 * (shift**2).flatten(1).sum(1)
+    # end exercise
 
 
 # ---- the method: E-step ----------------------------------------------------------------------------------------------

@@ -259,9 +259,11 @@ def ddpo_loss(net, path, anchor, old_log_p, advantage, scale, abar, kl_weight, c
     of kl_weight KL - E[r], exactly; after some updates the ratio corrects the steps, not the states they start from.
     """
     mean, sigma = kernel_means(net, path, abar)
+    # exercise 9: ratio, gain and kl (T, N): of densities, of PPO, of Gaussian kernels from those with means `anchor`
     ratio = (log_density(path, mean, sigma) - old_log_p).exp()
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     kl = (mean - anchor).flatten(2).pow(2).sum(2) / (2 * sigma**2)
+    # end exercise
     return ((kl_weight * kl - gain) / scale).sum(0).mean(), ((ratio - 1).abs() > clip).float().mean().item()
 
 

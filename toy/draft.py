@@ -220,7 +220,9 @@ def draft_loss(net, base, reward, x, abar, rng, kl_weight, horizon=None):
     A shorter horizon takes the early states as given: it drops what the early steps do to the reward and to the KL.
     """
     path, kl = sample_path(net, base, x, abar, rng, horizon)
+    # exercise 10: path (T + 1, N, ...) and kl (T, N): what is to be minimised? let `checked` see the rewards
     return kl_weight * kl.sum(0).mean() - checked(reward(path[-1]), x.shape[:1]).mean()
+    # end exercise
 
 
 def draft(problem, base, abar, rng, kl_weight=1.0, horizon=None, epochs=15, iterations=8, batch=512, lr=4e-3, clip=1.0,
