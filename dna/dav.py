@@ -38,9 +38,9 @@ Worlds hepg2  the reward is oracle A's log odds of HepG2 *accessibility*, a stan
               the local one, which has no weights, is far from its target here (right panel).
 
 What you should see
-       hepg2 (3 seeds, +- their standard deviation): median activity by oracle B from -2.0 (base) to 1.0 +- 0.4 (DAV-
-       KL), 2.4 +- 0.7 (DAV), 5.1 +- 0.1 (search on the base model) and 9.6 +- 1.0 (DAV posterior); the highest tenth
-       of real HepG2 elements begins at 3.9. Edits a pair 110 (base), 108, 106, 109 and 101: 88% to 95% for the
+       hepg2 (3 seeds, +- their standard deviation): median activity by oracle B from -2.0 (base) to 1.0 +- 0.4
+       (DAV-KL), 2.4 +- 0.7 (DAV), 5.1 +- 0.1 (search on the base model) and 9.6 +- 1.0 (DAV posterior); the highest
+       tenth of real HepG2 elements begins at 3.9. Edits a pair 110 (base), 108, 106, 109 and 101: 88% to 95% for the
        posterior. Oracle A exceeds B by -0.1 (DAV) and 1.9 (searches): what is searched over-optimises, what is learnt
        of it does not. The correlation of 3-mers with the top real elements falls from 0.94 to 0.68 +- 0.10 (DAV) and
        0.54 +- 0.09. FOXA2 and HNF1A rise to 85% and 60%, HNF4A only in searches (55%; DAV 16%, base 14%); of the
