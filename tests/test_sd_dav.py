@@ -29,7 +29,7 @@ def in_the_repository(monkeypatch):
 
 
 class OffsetUNet:
-    """Exact noise of latents N(mean, VAR), the mean (4,) being the first token; its adapter adds offset[i] at step i."""
+    """Exact noise of latents N(mean, VAR), mean (4,) the first token; its adapter adds offset[i] at step i."""
 
     def __init__(self, scheduler):
         self.levels, self.on = scheduler.alphas_cumprod.double(), True
@@ -478,7 +478,7 @@ def rounds_on_the_double(script, kl, rounds=3, **changes):
 
 @pytest.mark.parametrize("kl", [0.0, 0.4])
 def test_rounds_add_up(kl):
-    """Each round adds the same to the drift; with the KL the sum is divided by 1 + kl each time, and tends to 1 / kl."""
+    """Each round adds the same to the drift; with the KL the sum is divided by 1 + kl each time: limit 1 / kl."""
     for rounds in (1, 4):
         offset, added = rounds_on_the_double(double_script(), kl, rounds)
         factor = sum((1 + kl) ** -j for j in range(1, rounds + 1))
@@ -558,9 +558,10 @@ def test_jpeg_up_and_down(sign):
                            "4", "--kl-weight", "0.2"])
     world = dav.load_world(args)
     world.level, world.spread = {"jpeg": torch.zeros(1)}, {"jpeg": 0.1}
-    found, plain = (dav.e_step(world, args, 0, 24, generator(), searching)["x"] for searching in (True, False))
-    change = (dav.jpeg_reward(world.decode(found)).mean() - dav.jpeg_reward(world.decode(plain)).mean()) * float(sign)
-    assert args.gradient == "off" and change > 0.02
+    found = {}
+    for args.kl_weight in (0.2, 1e6):  # the second chooses at random
+        found[args.kl_weight] = dav.jpeg_reward(world.decode(dav.e_step(world, args, 0, 16, generator())["x"])).mean()
+    assert args.gradient == "off" and float(sign) * (found[0.2] - found[1e6]) > 0.01  # kB, of a spread of 0.05
 
 
 def test_chunks_on_the_miniature():
