@@ -48,6 +48,9 @@ FINE_TUNING = {"kl_of_letters", "sample_trajectories", "InPrecision", "improve_m
 CELL_MODELS = {"maximise_dual", "project_to_simplex", "dual_update", "letters_log_p", "predict_all", "letter_counts",
                "set_letters", "splice_models", "fit_weighted", "denoiser_batches", "either_strand", "fit_network",
                "members", "cell_models", "CountRows", "save_network", "dna_parser", "open_world"}
+COMPOSITION = {"check_adapters", "attach_adapters", "with_adapter", "path_schedule", "snr_levels", "project_to_simplex",
+               "dual_update", "without_adapter", "prompted", "path_noise", "paired_row", "pair_distance", "draw_lines",
+               "slug", "save_figure"}
 SHARED = {  # script -> names whose text it shares with every other script that is listed with them
     "toy/das.py": FILES | NETWORK | SAMPLER | MEASURES | {"GaussianMixture", "save_figure"},
     "toy/and_composition.py": FILES | NETWORK | RESAMPLING | MULTIPLIERS | KL
@@ -77,6 +80,11 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     | {"weighted_gain", "adapter_rows", "draw_adapters", "log_mean_and_se", "mean_and_se"},
     "sd/constrained_alignment.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | TRAINING
     | {"dual_update", "maximise_dual", "check_feasible", "log_mean_exp"},
+    "sd/and_composition.py": FILES | PIPELINE - {"ddim_sample", "ddim_schedule"} | REWARDS | RESAMPLING | COMPOSITION
+    | {"gather", "all_rewards", "checked"},
+    "sd/or_composition.py": FILES | PIPELINE - {"ddim_sample", "ddim_schedule"} | COMPOSITION
+    | {"Joined", "prompt_list", "load_adapter", "training_flags", "check_training_flags", "fresh_adapter",
+       "save_adapter", "train_adapter", "read_checkpoint", "spread", "log_snr_rule", "mode_masses"},
     "dna/and_composition.py": FILES | SEQUENCES - {"unmask"} | JUDGES | RESAMPLING | CELL_MODELS
     | {"dual_ascent", "spread", "gather", "log_mean_and_se"},
     "dna/or_composition.py": FILES | SEQUENCES - {"unmask"} | CELL_MODELS
