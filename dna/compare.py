@@ -145,8 +145,8 @@ def draw_panels(path, found, top):
     axes[0].set_ylabel("oracle B, median; dotted: top 10% of real HepG2")
     for place, (name, runs) in enumerate(reversed(found.items())):
         excess = torch.tensor([run["over_optimisation"] for run in runs])
-        axes[2].barh(place, excess.mean(), color=colors[name], height=0.6)
-        axes[2].plot(excess, [place] * len(excess), "k.", markersize=3)
+        axes[2].barh(place, excess.mean().item(), color=colors[name], height=0.6)
+        axes[2].plot(excess.tolist(), [place] * len(excess), "k.", markersize=3)
     axes[2].set_yticks(range(len(found)), [SETS[name][2] for name in reversed(found)], fontsize=7)
     axes[2].axvline(0, color="black", linewidth=0.8)
     axes[2].set_xlabel("oracle A minus oracle B; dots: seeds")

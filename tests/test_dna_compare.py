@@ -46,6 +46,25 @@ def test_quick_run_is_made_once_and_then_read(tmp_path):
     assert compare.recorded("das", compare.parse_args(["--quick", "--out", str(tmp_path)]), 0)[1]["args"] != other["args"]
 
 
+def test_every_method_runs_on_a_table_of_the_papers_format(tmp_path):
+    """Short sequences whose activity in HepG2 is the number of GATA, in the columns of the DRAKES release."""
+    rng, lines = torch.Generator().manual_seed(5), ["seq,hepg2,k562,sknsh,chrom"]
+    for k in range(600):
+        seq = "".join("ACGT"[v] for v in torch.randint(4, (40,), generator=rng))
+        chrom = [*range(1, 23), "X"][k % 23]
+        lines.append(f"{seq},{seq.count('GATA') + 0.01 * (k % 7)},{seq.count('CA')},{k % 3},chr{chrom}")
+    (tmp_path / "dataset.csv").write_text("\n".join(lines))
+    common = ["--data", str(tmp_path / "dataset.csv"), "--quick", "--out", str(tmp_path)]
+    pretrain = load("dna/pretrain.py")
+    pretrain.main(pretrain.parse_args([*common, "--steps", "3", "--judge-steps", "3"]))
+    numbers = compare.main(compare.parse_args(common))  # das, dav, draft, ddpo
+    assert all(torch.tensor(float(v)).isfinite() for v in numbers.values()) and "dav_posterior.data.held_out" in numbers
+    for script in ("constrained_alignment", "msdda"):
+        module = load(f"dna/{script}.py")
+        numbers = module.main(module.parse_args(common))
+        assert all(torch.tensor(float(v)).isfinite() for v in numbers.values())
+
+
 @pytest.mark.parametrize("flags", [["--seeds", "0"], ["--steps", "1"]])
 def test_bad_flags_end_in_one_sentence(flags, capsys):
     with pytest.raises(SystemExit) as error:
