@@ -45,7 +45,8 @@ letters' KLs without weights they are (0.390, 0.610), and what is sampled there 
 variation of 0.15: it is 1.51 nats from the worse law, and its paths 1.63. hepg2: the labels, cell-type-specific
 accessibility, tell little to models tuned that briefly: the two are 0.7 ± 0.1 nats apart, for sequences of 264 nats,
 and their product is 0.17 ± 0.03 nats from each of them at equal weights already. Constrained weights are the same
-within their error (0.503 ± 0.003), SMC hardly changes what is sampled, and hardly any sequence is open in both cell types by the classifier, as in real elements.
+within their error (0.503 ± 0.003), SMC hardly changes what is sampled, and hardly any sequence is open in both cell
+types by the classifier, as in real elements.
 To try: --world mpsa --steps 3: several letters at once; --ess 0: importance weights alone; --updates 1000.
 """
 import argparse
