@@ -586,7 +586,7 @@ def checked(value, shape):
 TITLES = dict(base="base", combined="joint prompt", equal="equal weights", constrained="constrained",
               equal_smc="equal weights, SMC", corrected="constrained, SMC")
 COLORS = dict(combined="#999999", equal="#E69F00", constrained="#D55E00", equal_smc="#56B4E9", corrected="#0072B2")
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+LINES = ("#0072B2", "#D55E00", "#000000", "#CC79A7", "#E69F00")
 
 
 def draw_product(path, args, problems, results, rows):

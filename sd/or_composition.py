@@ -482,7 +482,7 @@ def slug(prompt):
 
 TITLES = dict(base="base", equal="equal weights", kl="constrained, kl", elbo="constrained, elbo")
 COLORS = dict(base="#999999", equal="#E69F00", kl="#0072B2", elbo="#D55E00")
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+LINES = ("#0072B2", "#D55E00", "#000000", "#CC79A7", "#E69F00")
 
 
 def draw_mixture(path, args, problem, results, shown, rows):
