@@ -509,7 +509,7 @@ def test_short_run(finished):
     record = json.loads((folder / "numbers.json").read_text())
     assert [r["name"] for r in record["rows"]] == list(numbers) and record["args"]["gradient"] == "on"
     assert numbers["dav.all.kl"] > 0 and numbers["base.all.diversity_kept"] == 1
-    assert numbers["search.step_003.strength"] == 2.0 and "search.step_004.strength" not in numbers
+    assert numbers["search.step_003.strength"] == 10.0 and "search.step_004.strength" not in numbers
     paths = 4 * (1 + 2 * 2)  # of an E-step; at the end of a path there is no prediction
     rounds = 2 * (3 * 4 * 3 + 2 * paths + 4 * 3 + 3 * 4 * 3 + 4 * 3)  # looks, searches, own paths, M-steps, base
     images = 6 * (3 * (1 + 2 * 3) + 2 * (1 + 2 * 2))
