@@ -85,6 +85,10 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     "sd/or_composition.py": FILES | PIPELINE - {"ddim_sample", "ddim_schedule"} | COMPOSITION
     | {"Joined", "prompt_list", "load_adapter", "training_flags", "check_training_flags", "fresh_adapter",
        "save_adapter", "train_adapter", "read_checkpoint", "spread", "log_snr_rule", "mode_masses"},
+    "sd/msdda.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS
+    | {"merge", "resample_systematic", "effective_sample_size", "log_mean_exp", "gather", "blend", "switch",
+       "sample_ddpm", "weights_tag", "weight_pair", "checked", "gains", "diversity", "paired_row", "log_mean_and_se",
+       "mean_and_se", "draw_lines", "save_figure"},
     "dna/and_composition.py": FILES | SEQUENCES - {"unmask"} | JUDGES | RESAMPLING | CELL_MODELS
     | {"dual_ascent", "spread", "gather", "log_mean_and_se"},
     "dna/or_composition.py": FILES | SEQUENCES - {"unmask"} | CELL_MODELS
