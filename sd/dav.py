@@ -370,7 +370,6 @@ def guide(grad, sigma, temper, max_shift):
 def log_ratio(shift, z):
     """log p - log q -> (N,) of x = mean + sigma (shift + z) under the kernel p and the proposal q that drew z."""
     # exercise 2: both densities are Gaussian with the same sigma: write them down, and see what is left of them
-    # exercise 2: both densities are Gaussian with the same sigma: write them down, and see what is left of them
     return -(shift * z).flatten(1).sum(1) - 0.5 * (shift**2).flatten(1).sum(1)
     # end exercise
 

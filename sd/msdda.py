@@ -444,7 +444,6 @@ def merge(means, variances, weights, mean_ref=None, variance_ref=None, kl_ratio=
         fail(f"The merged precision is not positive (down to {precision.min():.3g}): a model wider than the reference "
              "has too large a weight, or a narrower one a negative weight, and the product is no distribution.")
     # exercise 7: complete the square in prod_i N(x; means_i, variances_i)^w_i; the w_i sum to one. precision is known
-    # exercise 7: complete the square in prod_i N(x; means_i, variances_i)^w_i; the w_i sum to one. precision is known
     mean, variance = (w * means / variances).sum(0) / precision, 1 / precision
     log_c = variance.log() - (w * variances.log()).sum(0) - (w * (means - mean) ** 2 / variances).sum(0)
     return mean, variance, log_c.flatten(1).sum(1) / 2
@@ -456,7 +455,6 @@ def resample_systematic(log_w, rng):
 
     One uniform in the first interval of length 1 / P, and its shifts by 1 / P, through the inverse of the cdf.
     """
-    # exercise 6: one uniform number a group, in float64 from rng; torch.searchsorted inverts the distribution function
     # exercise 6: one uniform number a group, in float64 from rng; torch.searchsorted inverts the distribution function
     groups, count = log_w.shape
     cdf = log_w.double().softmax(1).cumsum(1)

@@ -302,7 +302,6 @@ def project_to_simplex(v):
     It is max(v - c, 0); c follows from the largest k entries of v that stay above it (Held, Wolfe, Crowder 1974).
     """
     # exercise 4: how large is c if the largest k entries stay above it? and which k is right?
-    # exercise 4: how large is c if the largest k entries stay above it? and which k is right?
     top = v.sort(descending=True)[0]
     excess = (top.cumsum(0) - 1) / torch.arange(1, len(v) + 1, device=v.device)
     return (v - excess[(top > excess).sum() - 1]).clamp(min=0)
