@@ -4,10 +4,10 @@ Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusio
 NeurIPS 2025, arXiv 2508.19104: the counterpart of its Fig. 3 (problem `learned`: a learned reward in the objective,
 saturation and local contrast constrained) and Fig. 4 (`several`: every reward constrained).
 
-Run    python sd/constrained_alignment.py                miniature model, both problems             about 19 CPU minutes
+Run    python sd/constrained_alignment.py                miniature model, both problems             about 10 CPU minutes
        python sd/constrained_alignment.py --quick        the same, coarse: shows nothing            20 CPU seconds
        python sd/constrained_alignment.py --resume       continue after an interruption
-       python sd/constrained_alignment.py --problem learned --threshold 1.0 0.5     tighter thresholds
+       python sd/constrained_alignment.py --problem learned --threshold 0.5 0.25     looser thresholds
        On a GPU (not run here): --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reward aesthetic pickscore
        --clip openai/clip-vit-large-patch14 --clip-eval laion/CLIP-ViT-H-14-laion2B-s32B-b79K --paper --dtype bfloat16
        --chunk 1 --device cuda
@@ -61,10 +61,10 @@ from torch.utils.checkpoint import checkpoint
 
 PRESETS = {  # what the size flags default to
     "quick": dict(updates=4, batch=4, steps=4, images=16),
-    "default": dict(updates=80, batch=16, steps=10, images=64),
+    "default": dict(updates=40, batch=12, steps=10, images=64),
     "paper": dict(updates=40, batch=64, steps=15, images=64),
 }
-THRESHOLDS = {"learned": {"saturation": 0.5, "contrast": 0.25}, "several": {"saturation": 0.5, "contrast": 0.5}}
+THRESHOLDS = {"learned": {"saturation": 1.0, "contrast": 1.0}, "several": {"saturation": 1.0, "contrast": 1.0}}
 REWARDS = ("jpeg", "saturation", "contrast", "clip", "pickscore", "aesthetic")
 PROMPTS = ["a photo of a cat", "a photo of a horse", "a photo of a fish", "a photo of a butterfly"]
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -73,11 +73,11 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 def parse_args(argv=None):
     parser = common_parser(__doc__)
     model_flags(parser, PROMPTS, [("clip", 1.0)])
-    training_flags(parser, 2e-3)
+    training_flags(parser, 1e-3)
     parser.add_argument("--problem", nargs="+", choices=list(THRESHOLDS), default=list(THRESHOLDS))
     parser.add_argument("--threshold", nargs="+", type=positive(float), help="those of the one --problem, in its order")
     parser.add_argument("--dual", choices=["ascent", "nupi"], default="ascent")
-    parser.add_argument("--dual-lr", type=positive(float), default=0.25, help="step of the multipliers")
+    parser.add_argument("--dual-lr", type=positive(float), default=2.0, help="step of the multipliers")
     parser.add_argument("--weight", type=positive(float), help="of every reward in the row `equal`; default: same sum")
     args = parser.parse_args(argv)
     check_training_flags(parser, args)
@@ -242,7 +242,7 @@ def make_problem(name, args):
     `learned` has the rewards of --reward in the objective and constrains the colours; `several` constrains them all.
     """
     rewards = dict(args.reward)
-    thresholds = THRESHOLDS[name] if name == "learned" else {key: 0.5 for key in rewards} | THRESHOLDS[name]
+    thresholds = THRESHOLDS[name] if name == "learned" else {key: 1.0 for key in rewards} | THRESHOLDS[name]
     if args.threshold:
         thresholds = dict(zip(thresholds, args.threshold))
     return types.SimpleNamespace(name=name, objective=rewards if name == "learned" else {}, thresholds=thresholds)
@@ -328,8 +328,9 @@ def lagrangian_update(world, problem, args, fixed=None):
     """The function that `train_adapter` calls for one round of Algorithm 1; its state holds dual and memory (k,).
 
     Descends KL - objective - sum_i dual_i r_i through the whole roll-out, so that no term of the gradient of the KL is
-    left out; then raises dual_i where r_i was below its threshold, lowers it where above. fixed {reward: weight}
-    takes the place of objective and multipliers: the penalty method.
+    left out; then raises dual_i where r_i was below its threshold, lowers it where above. From r_i is taken what the
+    base model gets from the same noise, zero in the mean: that leaves less noise in the multipliers. fixed {reward:
+    weight} takes the place of objective and multipliers, which is the penalty method.
     """
     timesteps, abar = ddim_schedule(world.scheduler, args.steps)
     b = torch.tensor(list(problem.thresholds.values()), dtype=torch.float64, device=args.device)
@@ -345,9 +346,14 @@ def lagrangian_update(world, problem, args, fixed=None):
             base = without_adapter(world.unet, policy)
             x, kl = roll_out(policy, base, z, timesteps, abar, args.eta, None, args.chunk < args.batch)
             r = gains(world, world.decode(x), part)
+            r0 = {}
+            if fixed is None:
+                with torch.no_grad():
+                    r0 = gains(world, world.decode(roll_out(base, None, z, timesteps, abar, args.eta)[0]), part)
             ((kl - sum(value * r[name] for name, value in weight.items())).sum() / args.batch).backward()
             for name, value in dict(r, kl=kl).items():
-                totals[name] = totals.get(name, 0.0) + value.detach().sum().item() / args.batch
+                excess = value.detach() - r0.get(name, torch.zeros_like(kl))
+                totals[name] = totals.get(name, 0.0) + excess.sum().item() / args.batch
         descend()
         if fixed is None:
             gap = b - b.new_tensor([totals[name] for name in problem.thresholds])

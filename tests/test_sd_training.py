@@ -400,7 +400,7 @@ def solve_double(script, thresholds, fixed=None, rounds=200):
 
     multiplier before it is cut off at zero, and of the reward of the objective.
 
-    KL = q |shift|^2 and the rewards are r_0 + slope' shift, so that the best shift is slope' weights / (2 q).
+    KL = q |shift|^2, the rewards exceed the base model's by slope' shift: the best shift is slope' weights / (2 q).
     """
     world = make_double(stretch=0.0, shift=(0.0, 0.0, 0.0, 0.0))
     problem = types.SimpleNamespace(name="double", objective={"one": 3.0}, thresholds=thresholds)
@@ -411,14 +411,14 @@ def solve_double(script, thresholds, fixed=None, rounds=200):
         q = exact(world, {"one": 1.0})[1].item() / 4
         world.unet.shift -= 1
     gram = slope @ slope.T / (2 * q)
-    dual = ((thresholds["two"] - values["two"] - 3 * gram[1, 0]) / gram[1, 1]).item()
+    dual = ((thresholds["two"] - 3 * gram[1, 0]) / gram[1, 1]).item()
     script.path_noise = lambda world, args, n, rng: torch.zeros(STEPS + 1, n, 4, 1, 1, dtype=F)
     update = script.lagrangian_update(world, problem, flags(batch=2, dual_lr=0.2 / gram[1, 1].item()), fixed)
     optimizer = torch.optim.SGD([world.unet.shift], 0.25 / q)
     state = dict(dual=torch.zeros(1, dtype=F), memory=torch.zeros(1, dtype=F))
     for _ in range(rounds):
         trace = update(generator(), lambda: (optimizer.step(), optimizer.zero_grad()), state)
-    one = (values["one"] + 3 * gram[0, 0] + max(dual, 0) * gram[0, 1]).item()
+    one = (3 * gram[0, 0] + max(dual, 0) * gram[0, 1]).item()
     return state["dual"].item(), trace, dual, one
 
 
@@ -436,6 +436,7 @@ ALI_BUGS = {
     "multipliers below zero": ("dual_now.clamp(min=0)", "dual_now"),
     "KL sign": ("((kl - sum(", "((-0.5 * kl - sum("),
     "adapter not disabled for the base": ("        unet.disable_adapters()\n", "        pass\n"),
+    "rewards of the base model left in": ("value.detach() - r0.get(name, torch.zeros_like(kl))", "value.detach()"),
     "objective left out": ("weight = fixed or problem.objective | dual", "weight = fixed or dual"),
 }
 
