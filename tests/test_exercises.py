@@ -298,8 +298,9 @@ def test_emptied_copy_fails_each_exercise_by_itself(tmp_path):
 
 def test_a_solved_block_earns_its_points_and_a_change_elsewhere_is_listed(tmp_path):
     exercise.make(tmp_path / "copy", 7, None)
-    script = tmp_path / "copy" / "toy" / "constrained_alignment.py"
-    script.write_text((REPOSITORY / "toy" / "constrained_alignment.py").read_text())
+    for name in ("msdda.py", "constrained_alignment.py"):
+        script = tmp_path / "copy" / "toy" / name
+        script.write_text((REPOSITORY / "toy" / name).read_text())
     assert exercise.changes(tmp_path / "copy") == []
     answers = json.loads((tmp_path / "copy" / "answers.json").read_text())
     answers["21"]["answer"] = solution(21, 7)
@@ -307,7 +308,7 @@ def test_a_solved_block_earns_its_points_and_a_change_elsewhere_is_listed(tmp_pa
     _, grades = grade(tmp_path / "copy", tmp_path)
     earned = {test["name"].split()[0] for test in grades["tests"] if test["score"]}
     assert earned == {"5", "21"}
-    assert "carry the block over" in next(test["output"] for test in grades["tests"] if test["name"].startswith("4 "))
+    assert "carry the block over" in next(test["output"] for test in grades["tests"] if test["name"].startswith("6 "))
     script.write_text(script.read_text().replace("def tilt(", "def tilted("))
     assert any("def tilted(" in line for line in exercise.changes(tmp_path / "copy"))
 
