@@ -30,9 +30,9 @@ Algorithm (Algorithm 1 of the paper, by back-propagation through the sampler)
        4. repeat; what is returned are averages over the last quarter, of adapter and multipliers     `train_adapter`
        `equal` gives every reward the same weight, as a penalty method does, of the same sum.
 
-What you should see: the multipliers rise, circle and settle; at their average the constrained rewards stand at their
-thresholds or, where one comes along with another, above. Compare `equal`, in the column violation, and the KL of the
-best of all models, in the row tilt.
+What you should see (not recorded yet): the multipliers rise, circle and settle; at their average the constrained
+rewards stand at their thresholds or, where one comes along with another, above. Compare `equal`, in the column
+violation, and the KL of the best of all models, in the row tilt.
 To try: --dual nupi; --threshold 4 4 --problem learned: more than the base model's images have.
 """
 import argparse

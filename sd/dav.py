@@ -4,8 +4,8 @@ Paper: Lee et al., "Diffusion Alignment as Variational Expectation-Maximization"
 figure.png is the counterpart of its Fig. 3 (images), Fig. 2 (reward, another CLIP model's score and diversity per
 round) and Fig. 4 (the ELBO with and without the search). The search is the text of toy/dav.py.
 
-Run    python sd/dav.py                                  miniature model, CLIP score of the prompt  minutes
-       python sd/dav.py --quick                          the same, coarse: shows nothing            seconds
+Run    python sd/dav.py                                  miniature model, CLIP score of the prompt
+       python sd/dav.py --quick                          the same, coarse: shows nothing
        python sd/dav.py --reward jpeg                    compressibility: no gradient, choice alone
        python sd/dav.py --reward jpeg=-1 --children 8    incompressibility
        python sd/dav.py --search smc                     weighted paths, resampled, instead of the paper's local choice

@@ -33,9 +33,9 @@ Algorithm
 
 What you should see (one run, seed 0): without KL the reward rises by 1.92 +- 0.10 standard deviations of the base
 model's, for 2806 nats; the CLIP score that nobody optimised falls by 0.057 +- 0.004 and diversity goes from 0.123 to
-0.195. With KL it is 0.31 +- 0.05 for 89 nats, which does not pay at this step of Adam: the first three rounds alone go
-96 nats away, and 13 at --lr 1e-3. Most nats are of one step, from t = 101 to t = 1, where a change of the noise costs
-70 times as much as before: an adapter that is not quite silent there pays for it (1.9 of the 2.0 nats of one measured).
+0.195. With KL it is 0.31 +- 0.05 for 89 nats, which does not pay at this step of Adam: the first two rounds alone go
+46 nats away. Most nats are of one step, from t = 101 to t = 1, where a change of the noise costs 70 times as much as
+before: an adapter that is not quite silent there pays for it (1.9 of the 2.0 nats of one measured).
 To try: --clip-range 1e-4, the paper's, which averages log_p over the latent: what share is clipped (numbers.json)?
 """
 import argparse
