@@ -4,7 +4,7 @@ Papers: the counterpart of Lee et al. (DAV), arXiv 2510.00502, Fig. 5, and of th
 2410.13643. All labels are *accessibility*, a stand-in for the papers' measured activity, unless --data names theirs:
 compare the order of the methods and what they lose, not the numbers.
 
-Run    python dna/compare.py                 runs das, dav, draft and ddpo with three seeds   40 CPU minutes
+Run    python dna/compare.py                 runs das, dav, draft and ddpo with three seeds   40 CPU minutes, by parts
        python dna/compare.py --quick         one seed, coarse                                 35 CPU seconds
        python dna/compare.py --data dataset.csv --paper --device cuda     the papers' data and sizes, after pretrain.py
 
@@ -23,11 +23,12 @@ Table     activity and held_out: medians of oracle A, the reward, and of oracle 
 What you should see (median of oracle B, mean ± standard deviation over three seeds): DAV posterior 9.6±1.0, above DAS
 7.4±0.4 and the search of DAV on the base model 5.1±0.1; all three pass the highest tenth of real HepG2 elements, 3.9.
 Of the tuned models alone DRAKES without KL has the most, 3.1±0.3, at 69 edits a pair (base model 110) and with one
-motif for all; DAV has 2.4±0.7 at 106 edits, DRAKES 1.7±0.1 at 96, DAV-KL 1.0±0.4 at 108, DDPO + KL 0.9±0.1 at 96;
-DDPO depends on the seed. So the paper's order holds for diversity and for the posterior; for the reward of the tuned
-models alone it does not at this size (three rounds on 128 trajectories; the paper has 200 on 256). Whatever searches
-with oracle A at test time pays in over-optimisation, 1.3 to 2.0; the tuned models pay with words of three letters, of
-which DAV-KL keeps 0.85±0.12, DAV 0.68±0.11 and DRAKES 0.43±0.01 (base model 0.94).
+motif for all; DAV has 2.4±0.7 at 106 edits, DRAKES 1.7±0.1 at 96, DAV-KL 1.0±0.4 at 108, DDPO + KL 0.9±0.1 at 96; DDPO
+depends on the seed. As in the paper the posterior leads and DAV keeps diversity where DDPO loses it; unlike there DAV
+has less reward than DRAKES without KL at this size (three rounds on 128 trajectories; the paper has 200 on 256).
+Oracle A claims 1.3 to 2.0 more than B for what is searched with it (best of 8: 0.2) and for DRAKES without KL 1.3,
+DDPO 0.8; with KL 0.3 to 0.4, and for DAV nothing. The tuned models pay with words of three letters, of which DAV-KL
+keeps 0.85±0.12, DAV 0.68±0.11 and DRAKES 0.43±0.01 (base model 0.94).
 To try: --seeds 1 after changing a default in dav.py: only that script runs again.
 """
 import json

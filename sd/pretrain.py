@@ -430,7 +430,7 @@ def build(name, tokenizer, seed):
     end = tokenizer.eos_token_id
     text = dict(vocab_size=len(tokenizer), hidden_size=64, num_attention_heads=4, max_position_embeddings=16,
                 bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # the libraries' constructors draw from the global generator and take no other
         torch.manual_seed(seed)
         if name == "vae":
             return AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
