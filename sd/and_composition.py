@@ -329,9 +329,9 @@ def concept_problem(world, args, concepts):
 # ---- the method: paths of the product --------------------------------------------------------------------------------
 
 
-def path_schedule(world, args):
-    """Time steps (T,) and signal powers (T + 1,) of the sampling paths: the result has the schedule's least noise."""
-    times, abar = snr_levels(world.scheduler, args.steps + 1)
+def path_schedule(scheduler, steps):
+    """Time steps (T,) and signal powers (T + 1,) of a sampling path: the result has the schedule's least noise."""
+    times, abar = snr_levels(scheduler, steps + 1)
     return times[:-1], abar
 
 
@@ -339,13 +339,14 @@ def snr_levels(scheduler, count):
     """`count` levels of the model's schedule, evenly spaced in log SNR from noise to data -> time steps, abar, lists.
 
     Where a step multiplies the SNR by the same factor everywhere, none of them dominates the KL of the paths. The
-    steps of diffusers are even in t: the last but one multiplies it by 80 in 10 steps.
+    steps of diffusers are even in t: the last but one multiplies it by 80 in 10 steps. Where two levels would be the
+    same, near the data, they are one time step apart.
     """
     snr = (scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())).log()
     wanted = torch.linspace(snr[-1].item(), snr[0].item(), count, dtype=torch.float64)
-    times = (snr[:, None] - wanted).abs().argmin(0).unique().flip(0)
-    if len(times) < count:
-        fail(f"The model's schedule has no {count} levels evenly spaced in log SNR: take fewer steps.")
+    times = (snr[:, None] - wanted).abs().argmin(0).maximum(torch.arange(count).flip(0))
+    if count > len(snr) or times.unique().numel() < count:
+        fail(f"The model's schedule has no {count} different levels: take fewer steps.")
     return times.tolist(), scheduler.alphas_cumprod.double()[times].tolist()
 
 
@@ -442,7 +443,7 @@ def run_methods(world, problem, args, rng):
     `constrained`: Algorithm 3 leaves them at equal weights.
     """
     count, n, calls = len(problem.prompts), args.images, 0
-    schedule, noise = path_schedule(world, args), path_noise(world, args, count * n, rng)
+    schedule, noise = path_schedule(world.scheduler, args.steps), path_noise(world, args, count * n, rng)
     models, size = problem.predict(n), args.batch // count
     equal = torch.full((len(models),), 1 / len(models), dtype=torch.float64)
 

@@ -332,7 +332,7 @@ def lagrangian_update(world, problem, args, fixed=None):
     base model gets from the same noise, zero in the mean: that leaves less noise in the multipliers. fixed {reward:
     weight} takes the place of objective and multipliers, which is the penalty method.
     """
-    timesteps, abar = ddim_schedule(world.scheduler, args.steps)
+    timesteps, abar = path_schedule(world.scheduler, args.steps)
     b = torch.tensor(list(problem.thresholds.values()), dtype=torch.float64, device=args.device)
     damping = dict(kp=4 * args.dual_lr, nu=0.5) if args.dual == "nupi" else {}
 
@@ -426,7 +426,7 @@ def draw_images(world, args, adapted):
     images (K, n, 3, H, W), rewards {name: (K, n)} in their own units, kl (K, n), clip_eval (K, n), and diversity, the
     mean of 1 - cosine between two images of a prompt under the CLIP model that only evaluates.
     """
-    timesteps, abar = ddim_schedule(world.scheduler, args.steps)
+    timesteps, abar = path_schedule(world.scheduler, args.steps)
     found, units = dict(images=[], kl=[], clip_eval=[]), []
     rewards = {name: [] for name in world.rewards}
     for k in range(len(world.cond)):
@@ -583,9 +583,9 @@ def prompted(world, args, number, chunk=None):
 def roll_out(policy, base, noise, timesteps, abar, eta=1.0, back=None, recompute=False):
     """noise (T + 1, N, ...), that of the start first -> samples (N, ...), KL of their paths from the base (N,), nats.
 
-    Lemma 1: kernels of one variance differ by their means, so that a step costs |mean_p - mean_q|^2 / (2 sigma^2); a
-    step without noise is left out. base None: no KL. The gradient of the samples runs through the last `back` steps
-    (None: all); before, x is cut off, and only the KL of a step has one. recompute: predict again in the backward pass.
+    Lemma 1: kernels of one variance differ by their means, so that a step costs |mean_p - mean_q|^2 / (2 sigma^2).
+    base None: no KL. The gradient of the samples runs through the last `back` steps (None: all); before, x is cut off,
+    and only the KL of a step has one. recompute: predict again in the backward pass.
     """
     steps, grad, x = len(timesteps), torch.is_grad_enabled(), noise[0]
     cut, kl = steps - (back or steps), torch.zeros_like(x.flatten(1)[:, 0])
@@ -599,7 +599,7 @@ def roll_out(policy, base, noise, timesteps, abar, eta=1.0, back=None, recompute
         x = x.detach() if i <= cut else x
         with torch.set_grad_enabled(grad and (i >= cut or base is not None)):
             mean, sigma = kernel(policy, x, i)
-            if base is not None and sigma > 0:
+            if base is not None:
                 kl = kl + (mean - kernel(base, x, i)[0]).flatten(1).pow(2).sum(1) / (2 * sigma**2)
         x = mean + sigma * noise[i + 1]
     return x, kl
@@ -847,12 +847,25 @@ def clip_images(clip, images, chunk=None):
     return in_chunks(part, chunk, images_in_range(images))
 
 
-def ddim_schedule(scheduler, steps):
-    """Time steps (T,) from noise to data, and signal powers abar (T + 1,) there and of the result, as in diffusers."""
-    scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.tolist()
-    levels = scheduler.alphas_cumprod.double().tolist()
-    return timesteps, [*(levels[t] for t in timesteps), float(scheduler.final_alpha_cumprod)]
+def path_schedule(scheduler, steps):
+    """Time steps (T,) and signal powers (T + 1,) of a sampling path: the result has the schedule's least noise."""
+    times, abar = snr_levels(scheduler, steps + 1)
+    return times[:-1], abar
+
+
+def snr_levels(scheduler, count):
+    """`count` levels of the model's schedule, evenly spaced in log SNR from noise to data -> time steps, abar, lists.
+
+    Where a step multiplies the SNR by the same factor everywhere, none of them dominates the KL of the paths. The
+    steps of diffusers are even in t: the last but one multiplies it by 80 in 10 steps. Where two levels would be the
+    same, near the data, they are one time step apart.
+    """
+    snr = (scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())).log()
+    wanted = torch.linspace(snr[-1].item(), snr[0].item(), count, dtype=torch.float64)
+    times = (snr[:, None] - wanted).abs().argmin(0).maximum(torch.arange(count).flip(0))
+    if count > len(snr) or times.unique().numel() < count:
+        fail(f"The model's schedule has no {count} different levels: take fewer steps.")
+    return times.tolist(), scheduler.alphas_cumprod.double()[times].tolist()
 
 
 def ddim_kernel(x0_hat, eps, abar, abar_next, eta):

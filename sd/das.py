@@ -383,17 +383,30 @@ def clip_images(clip, images, chunk=None):
     return in_chunks(part, chunk, images_in_range(images))
 
 
-def ddim_schedule(scheduler, steps):
-    """Time steps (T,) from noise to data, and signal powers abar (T + 1,) there and of the result, as in diffusers."""
-    scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.tolist()
-    levels = scheduler.alphas_cumprod.double().tolist()
-    return timesteps, [*(levels[t] for t in timesteps), float(scheduler.final_alpha_cumprod)]
+def path_schedule(scheduler, steps):
+    """Time steps (T,) and signal powers (T + 1,) of a sampling path: the result has the schedule's least noise."""
+    times, abar = snr_levels(scheduler, steps + 1)
+    return times[:-1], abar
+
+
+def snr_levels(scheduler, count):
+    """`count` levels of the model's schedule, evenly spaced in log SNR from noise to data -> time steps, abar, lists.
+
+    Where a step multiplies the SNR by the same factor everywhere, none of them dominates the KL of the paths. The
+    steps of diffusers are even in t: the last but one multiplies it by 80 in 10 steps. Where two levels would be the
+    same, near the data, they are one time step apart.
+    """
+    snr = (scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())).log()
+    wanted = torch.linspace(snr[-1].item(), snr[0].item(), count, dtype=torch.float64)
+    times = (snr[:, None] - wanted).abs().argmin(0).maximum(torch.arange(count).flip(0))
+    if count > len(snr) or times.unique().numel() < count:
+        fail(f"The model's schedule has no {count} different levels: take fewer steps.")
+    return times.tolist(), scheduler.alphas_cumprod.double()[times].tolist()
 
 
 @torch.no_grad()
 def ddim_sample(predict_noise, x, timesteps, abar, rng, eta=1.0):
-    """x (N, ...) standard normal -> a sample of the model at abar[-1]; timesteps and abar as of ddim_schedule."""
+    """x (N, ...) standard normal -> a sample of the model at abar[-1]; timesteps and abar from noise to data."""
     for i, t in enumerate(timesteps):
         eps = predict_noise(x, t)
         x, sigma = ddim_kernel((x - (1 - abar[i]) ** 0.5 * eps) / abar[i] ** 0.5, eps, abar[i], abar[i + 1], eta)
@@ -653,7 +666,7 @@ def sample_base(world, args, number, n, rng):
     cond = world.cond[number : number + 1]
     predict_noise = noise_predictor(world.unet, cond, world.uncond, args.guidance, args.chunk)
     x = torch.randn(n, *world.shape, generator=rng, device=args.device)
-    return ddim_sample(predict_noise, x, *ddim_schedule(world.scheduler, args.steps), rng, args.eta)
+    return ddim_sample(predict_noise, x, *path_schedule(world.scheduler, args.steps), rng, args.eta)
 
 
 def sample_aligned(world, args, number, reward, groups, particles, rng, **options):
@@ -662,7 +675,7 @@ def sample_aligned(world, args, number, reward, groups, particles, rng, **option
     predict_noise = noise_predictor(world.unet, world.cond[number : number + 1], world.uncond, args.guidance)
     noise = torch.randn(groups * particles, *world.shape, generator=rng, device=args.device)
     out = das(predict_noise, lambda latents: reward(world.decode(latents)), noise,
-              *ddim_schedule(world.scheduler, args.steps), rng, particles, args.kl_weight, args.eta, args.temper,
+              *path_schedule(world.scheduler, args.steps), rng, particles, args.kl_weight, args.eta, args.temper,
               args.gamma, chunk=args.chunk, scheme=args.resampling, **options)
     return dict(out, evaluations=len(noise) * args.steps, seconds=time.perf_counter() - start)
 

@@ -262,9 +262,8 @@ def sample_paths(policy, base, noise, timesteps, abar, eta=1.0):
         x = mean + sigma * noise[i + 1]
         path["x"].append(x)
         path["anchor"].append(anchor)
-        noisy = sigma > 0  # a last step without noise has no density, and no part in anything
-        path["log_p"].append(log_prob(x, mean, sigma) if noisy else torch.zeros_like(mean.flatten(1)[:, 0]))
-        path["kl"].append((mean - anchor).flatten(1).pow(2).sum(1) / (2 * sigma**2 if noisy else math.inf))
+        path["log_p"].append(log_prob(x, mean, sigma))
+        path["kl"].append((mean - anchor).flatten(1).pow(2).sum(1) / (2 * sigma**2))
     return types.SimpleNamespace(**{name: torch.stack(values) for name, values in path.items()})
 
 
@@ -287,11 +286,9 @@ def step_loss(policy, path, i, index, advantage, kl_scale, timesteps, abar, eta,
     """Minus the clipped objective of step i plus the KL there times kl_scale, of the paths index (n,) -> (n,), clipped.
 
     PPO (Schulman et al. 2017): min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = p_now / p_then; the second
-    result is the share of paths that the clip keeps still. None where the step has no noise.
+    result is the share of paths that the clip keeps still.
     """
     mean, sigma = step_kernel(policy, path.x[i, index], i, timesteps, abar, eta)
-    if sigma == 0:
-        return None
     ratio = (log_prob(path.x[i + 1, index], mean, sigma) - path.log_p[i, index]).exp()
     a = advantage[i, index]
     kl = (mean - path.anchor[i, index]).flatten(1).pow(2).sum(1) / (2 * sigma**2)
@@ -305,7 +302,7 @@ def ddpo_update(world, args, kl_weight):
     Every part takes a random share --fraction of the steps, each path the same; a part larger than `chunk` goes in
     pieces, and every step leaves its gradient at once: memory is that of one prediction of one piece.
     """
-    timesteps, abar = ddim_schedule(world.scheduler, args.steps)
+    timesteps, abar = path_schedule(world.scheduler, args.steps)
     weight = dict(args.reward)
 
     def update(rng, descend, state):
@@ -324,11 +321,10 @@ def ddpo_update(world, args, kl_weight):
                 for index in part.split(args.chunk):
                     found = step_loss(prompted(world, args, number[index]), path, i, index, advantage,
                                       kl_weight / spread[index], timesteps, abar, args.eta, args.clip_range)
-                    if found:
-                        (found[0].sum() / len(part) * args.steps / len(steps)).backward()
-                        clipped.append(found[1].item())
+                    (found[0].sum() / len(part) * args.steps / len(steps)).backward()
+                    clipped.append(found[1].item())
             descend()
-        return dict(gain=r.mean().item(), kl=path.kl.sum(0).mean().item(), clipped=sum(clipped) / max(1, len(clipped)))
+        return dict(gain=r.mean().item(), kl=path.kl.sum(0).mean().item(), clipped=sum(clipped) / len(clipped))
 
     return update
 
@@ -406,9 +402,9 @@ def prompted(world, args, number, chunk=None):
 def roll_out(policy, base, noise, timesteps, abar, eta=1.0, back=None, recompute=False):
     """noise (T + 1, N, ...), that of the start first -> samples (N, ...), KL of their paths from the base (N,), nats.
 
-    Lemma 1: kernels of one variance differ by their means, so that a step costs |mean_p - mean_q|^2 / (2 sigma^2); a
-    step without noise is left out. base None: no KL. The gradient of the samples runs through the last `back` steps
-    (None: all); before, x is cut off, and only the KL of a step has one. recompute: predict again in the backward pass.
+    Lemma 1: kernels of one variance differ by their means, so that a step costs |mean_p - mean_q|^2 / (2 sigma^2).
+    base None: no KL. The gradient of the samples runs through the last `back` steps (None: all); before, x is cut off,
+    and only the KL of a step has one. recompute: predict again in the backward pass.
     """
     steps, grad, x = len(timesteps), torch.is_grad_enabled(), noise[0]
     cut, kl = steps - (back or steps), torch.zeros_like(x.flatten(1)[:, 0])
@@ -422,7 +418,7 @@ def roll_out(policy, base, noise, timesteps, abar, eta=1.0, back=None, recompute
         x = x.detach() if i <= cut else x
         with torch.set_grad_enabled(grad and (i >= cut or base is not None)):
             mean, sigma = kernel(policy, x, i)
-            if base is not None and sigma > 0:
+            if base is not None:
                 kl = kl + (mean - kernel(base, x, i)[0]).flatten(1).pow(2).sum(1) / (2 * sigma**2)
         x = mean + sigma * noise[i + 1]
     return x, kl
@@ -515,7 +511,7 @@ def draw_images(world, args, adapted):
     images (K, n, 3, H, W), rewards {name: (K, n)} in their own units, kl (K, n), clip_eval (K, n), and diversity, the
     mean of 1 - cosine between two images of a prompt under the CLIP model that only evaluates.
     """
-    timesteps, abar = ddim_schedule(world.scheduler, args.steps)
+    timesteps, abar = path_schedule(world.scheduler, args.steps)
     found, units = dict(images=[], kl=[], clip_eval=[]), []
     rewards = {name: [] for name in world.rewards}
     for k in range(len(world.cond)):
@@ -807,12 +803,25 @@ def clip_images(clip, images, chunk=None):
     return in_chunks(part, chunk, images_in_range(images))
 
 
-def ddim_schedule(scheduler, steps):
-    """Time steps (T,) from noise to data, and signal powers abar (T + 1,) there and of the result, as in diffusers."""
-    scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.tolist()
-    levels = scheduler.alphas_cumprod.double().tolist()
-    return timesteps, [*(levels[t] for t in timesteps), float(scheduler.final_alpha_cumprod)]
+def path_schedule(scheduler, steps):
+    """Time steps (T,) and signal powers (T + 1,) of a sampling path: the result has the schedule's least noise."""
+    times, abar = snr_levels(scheduler, steps + 1)
+    return times[:-1], abar
+
+
+def snr_levels(scheduler, count):
+    """`count` levels of the model's schedule, evenly spaced in log SNR from noise to data -> time steps, abar, lists.
+
+    Where a step multiplies the SNR by the same factor everywhere, none of them dominates the KL of the paths. The
+    steps of diffusers are even in t: the last but one multiplies it by 80 in 10 steps. Where two levels would be the
+    same, near the data, they are one time step apart.
+    """
+    snr = (scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())).log()
+    wanted = torch.linspace(snr[-1].item(), snr[0].item(), count, dtype=torch.float64)
+    times = (snr[:, None] - wanted).abs().argmin(0).maximum(torch.arange(count).flip(0))
+    if count > len(snr) or times.unique().numel() < count:
+        fail(f"The model's schedule has no {count} different levels: take fewer steps.")
+    return times.tolist(), scheduler.alphas_cumprod.double()[times].tolist()
 
 
 def ddim_kernel(x0_hat, eps, abar, abar_next, eta):

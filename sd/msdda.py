@@ -387,12 +387,25 @@ def clip_images(clip, images, chunk=None):
     return in_chunks(part, chunk, images_in_range(images))
 
 
-def ddim_schedule(scheduler, steps):
-    """Time steps (T,) from noise to data, and signal powers abar (T + 1,) there and of the result, as in diffusers."""
-    scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.tolist()
-    levels = scheduler.alphas_cumprod.double().tolist()
-    return timesteps, [*(levels[t] for t in timesteps), float(scheduler.final_alpha_cumprod)]
+def path_schedule(scheduler, steps):
+    """Time steps (T,) and signal powers (T + 1,) of a sampling path: the result has the schedule's least noise."""
+    times, abar = snr_levels(scheduler, steps + 1)
+    return times[:-1], abar
+
+
+def snr_levels(scheduler, count):
+    """`count` levels of the model's schedule, evenly spaced in log SNR from noise to data -> time steps, abar, lists.
+
+    Where a step multiplies the SNR by the same factor everywhere, none of them dominates the KL of the paths. The
+    steps of diffusers are even in t: the last but one multiplies it by 80 in 10 steps. Where two levels would be the
+    same, near the data, they are one time step apart.
+    """
+    snr = (scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())).log()
+    wanted = torch.linspace(snr[-1].item(), snr[0].item(), count, dtype=torch.float64)
+    times = (snr[:, None] - wanted).abs().argmin(0).maximum(torch.arange(count).flip(0))
+    if count > len(snr) or times.unique().numel() < count:
+        fail(f"The model's schedule has no {count} different levels: take fewer steps.")
+    return times.tolist(), scheduler.alphas_cumprod.double()[times].tolist()
 
 
 def ddim_kernel(x0_hat, eps, abar, abar_next, eta):
@@ -485,8 +498,7 @@ def merged_ddim(models, weights, x, timesteps, abar, rng, reference=None, partic
     `msdda` of toy/msdda.py for models that share the variance of the DDIM kernel. models: functions (n, ...), t -> eps,
     one a weight; reference: the one without adapters, needed where the weights do not sum to 1; x (N, ...) standard
     normal, N = groups x particles, a group being contiguous; timesteps (T,), abar (T + 1,). Without log_w these are
-    draws of the merged kernels, with it of the product of the path laws, whose integral is E[exp(log_z)]. A step
-    without noise, the last one of some schedules, is the blend and has no weight.
+    draws of the merged kernels, with it of the product of the path laws, whose integral is E[exp(log_z)].
     """
     groups = len(x) // particles
     first_slot = torch.arange(groups, device=x.device)[:, None] * particles
@@ -508,11 +520,11 @@ def merged_ddim(models, weights, x, timesteps, abar, rng, reference=None, partic
             x0_hat = (state["x"] - (1 - abar[i]) ** 0.5 * eps) / abar[i] ** 0.5
             mean, sigma = ddim_kernel(x0_hat, eps, abar[i], abar[i + 1], 1.0)
             means.append(mean)
-        variances = [sigma**2 or 1.0] * len(means)
+        variances = [sigma**2] * len(means)
         last = (means[-1], variances[-1]) if reference else ()
         mean, _, log_c = merge(means[: len(models)], variances[: len(models)], weights, *last)
         z = torch.randn(mean.shape, generator=rng, device=x.device, dtype=mean.dtype)
-        state = dict(x=mean + sigma * z, log_w=state["log_w"] + (log_c if sigma > 0 else 0))
+        state = dict(x=mean + sigma * z, log_w=state["log_w"] + log_c)
     log_w = state["log_w"].view(groups, particles)
     return dict(x=state["x"], log_w=log_w, log_z=log_z + log_mean_exp(log_w), history=history)
 
@@ -528,9 +540,8 @@ def path_ratio(model, other, x, timesteps, abar, rng):
         x0_hat = (x - (1 - abar[i]) ** 0.5 * eps) / abar[i] ** 0.5
         (mean, away), sigma = ddim_kernel(x0_hat, eps, abar[i], abar[i + 1], 1.0)
         z = torch.randn(mean.shape, generator=rng, device=x.device, dtype=mean.dtype)
-        if sigma > 0:
-            shift = (away - mean) / sigma
-            total = total + (shift * z - 0.5 * shift**2).flatten(1).sum(1)
+        shift = (away - mean) / sigma
+        total = total + (shift * z - 0.5 * shift**2).flatten(1).sum(1)
         x = mean + sigma * z
     return total
 
@@ -651,8 +662,8 @@ def methods_at(world, args, number, weights, rng):
     base = with_adapters(world, args, number, dict.fromkeys(world.names, 0.0))
     models = [with_adapters(world, args, number, scales) for scales in alone]
     everyone, shares = [*models, base][: 2 + (abs(rest) > 1e-6)], [*weights, rest]
-    grid = dict(zip(("timesteps", "abar"), ddim_schedule(world.scheduler, args.steps)), rng=rng)
-    long = dict(zip(("timesteps", "abar"), ddim_schedule(world.scheduler, args.steps * len(everyone))), rng=rng)
+    grid = dict(zip(("timesteps", "abar"), path_schedule(world.scheduler, args.steps)), rng=rng)
+    long = dict(zip(("timesteps", "abar"), path_schedule(world.scheduler, args.steps * len(everyone))), rng=rng)
     merged = dict(grid, reference=base if len(everyone) > 2 else None)
     reward, shares = weighted_reward(world, number, weights), shares[: len(everyone)]
 
@@ -725,7 +736,7 @@ def run_methods(world, args):
     the error is the largest difference of latents between the merge and the blend.
     """
     rng, results, ratios = torch.Generator(args.device), {"base": {}}, ([], [])
-    short, long = (ddim_schedule(world.scheduler, steps) for steps in (args.steps, 2 * args.steps))
+    short, long = (path_schedule(world.scheduler, steps) for steps in (args.steps, 2 * args.steps))
 
     def noise(number, count=args.images):
         rng.manual_seed(1000 * args.seed + number)

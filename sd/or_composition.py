@@ -263,9 +263,9 @@ def denoising_loss(predict, x0, level, times, abar, rng):
     return x0[0].numel() / 2 * math.log(2 * math.pi) + len(abar) * rule * (error - a**2 * size)
 
 
-def path_schedule(world, args):
-    """Time steps (T,) and signal powers (T + 1,) of the sampling paths: the result has the schedule's least noise."""
-    times, abar = snr_levels(world.scheduler, args.steps + 1)
+def path_schedule(scheduler, steps):
+    """Time steps (T,) and signal powers (T + 1,) of a sampling path: the result has the schedule's least noise."""
+    times, abar = snr_levels(scheduler, steps + 1)
     return times[:-1], abar
 
 
@@ -273,13 +273,14 @@ def snr_levels(scheduler, count):
     """`count` levels of the model's schedule, evenly spaced in log SNR from noise to data -> time steps, abar, lists.
 
     Where a step multiplies the SNR by the same factor everywhere, none of them dominates the KL of the paths. The
-    steps of diffusers are even in t: the last but one multiplies it by 80 in 10 steps.
+    steps of diffusers are even in t: the last but one multiplies it by 80 in 10 steps. Where two levels would be the
+    same, near the data, they are one time step apart.
     """
     snr = (scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())).log()
     wanted = torch.linspace(snr[-1].item(), snr[0].item(), count, dtype=torch.float64)
-    times = (snr[:, None] - wanted).abs().argmin(0).unique().flip(0)
-    if len(times) < count:
-        fail(f"The model's schedule has no {count} levels evenly spaced in log SNR: take fewer steps.")
+    times = (snr[:, None] - wanted).abs().argmin(0).maximum(torch.arange(count).flip(0))
+    if count > len(snr) or times.unique().numel() < count:
+        fail(f"The model's schedule has no {count} different levels: take fewer steps.")
     return times.tolist(), scheduler.alphas_cumprod.double()[times].tolist()
 
 
@@ -329,7 +330,7 @@ def cover_update(world, problem, data, args, method):
     after a first sixth of the rounds at equal weights: an untrained adapter is further from some models than from
     others. `equal` never moves them.
     """
-    timesteps, abar = path_schedule(world, args)
+    timesteps, abar = path_schedule(world.scheduler, args.steps)
     times, levels = snr_levels(world.scheduler, args.levels)
     costs = step_costs(abar, args.eta)
 
@@ -393,7 +394,7 @@ def look_at(world, problem, fresh, args, policy):
     images (K, n, 3, H, W), unit (K, n, d) in the CLIP model that only evaluates, kl and ce, lists over models of
     (K, n'), nats.
     """
-    timesteps, abar = path_schedule(world, args)
+    timesteps, abar = path_schedule(world.scheduler, args.steps)
     times, levels = snr_levels(world.scheduler, args.levels)
     rng, costs = torch.Generator(args.device).manual_seed(1000 + args.seed), step_costs(abar, args.eta)
     count, kl, ce = len(problem.prompts), [], []
@@ -932,7 +933,7 @@ def main(args):
     start, out = time.perf_counter(), results_folder(args, "sd_or_composition")
     rng = torch.Generator(args.device).manual_seed(args.seed)
     world = load_models(args)
-    schedule, rows, calls, drawn = path_schedule(world, args), [], 0, {}
+    schedule, rows, calls, drawn = path_schedule(world.scheduler, args.steps), [], 0, {}
     problems = make_mixtures(world, args)
     for problem in problems:  # before any adapter of our own takes the place of theirs
         sets = []

@@ -412,7 +412,7 @@ def ddim_kernel(x0_hat, eps, abar, abar_next, eta):
 
 @torch.no_grad()
 def ddim_sample(predict_noise, x, timesteps, abar, rng, eta=1.0):
-    """x (N, ...) standard normal -> a sample of the model at abar[-1]; timesteps and abar as of ddim_schedule."""
+    """x (N, ...) standard normal -> a sample of the model at abar[-1]; timesteps and abar from noise to data."""
     for i, t in enumerate(timesteps):
         eps = predict_noise(x, t)
         x, sigma = ddim_kernel((x - (1 - abar[i]) ** 0.5 * eps) / abar[i] ** 0.5, eps, abar[i], abar[i + 1], eta)

@@ -119,7 +119,7 @@ def das_run(args):
     def run():
         noise = torch.randn(args.batch, *world.shape, generator=rng, device=args.device)
         das.das(predict_noise, lambda x: world.rewards["clip"](world.decode(x), 0), noise,
-                *das.ddim_schedule(world.scheduler, args.steps), rng, args.batch, 0.025, max_shift=0.5,
+                *das.path_schedule(world.scheduler, args.steps), rng, args.batch, 0.025, max_shift=0.5,
                 chunk=args.chunk)
 
     return run, world, 1

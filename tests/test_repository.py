@@ -28,7 +28,8 @@ RESAMPLING = {"effective_sample_size", "log_mean_exp", "resample", "invert_cdf",
 MULTIPLIERS = {"make_grid", "project_to_simplex", "dual_update"}
 KL = {"log_snr_levels", "multistep_kernel", "ddim_kernel", "Counted"}
 PIPELINE = {"load_pipeline", "load_clip", "in_chunks", "tokenize", "encode_prompts", "noise_predictor", "image_decoder",
-            "images_in_range", "clip_text", "clip_images", "ddim_schedule", "ddim_sample", "ddim_kernel"}
+            "images_in_range", "clip_text", "clip_images", "path_schedule", "snr_levels", "ddim_sample",
+            "ddim_kernel"}
 REWARDS = {"model_flags", "Joined", "prompt_list", "weighted_name", "load_world", "load_adapter", "load_rewards",
            "jpeg_reward", "saturation_reward", "contrast_reward", "clip_reward", "aesthetic_reward"}
 TRAINING = {"training_flags", "check_training_flags", "fresh_adapter", "save_adapter", "without_adapter", "prompted",
@@ -48,7 +49,7 @@ FINE_TUNING = {"kl_of_letters", "sample_trajectories", "InPrecision", "improve_m
 CELL_MODELS = {"maximise_dual", "project_to_simplex", "dual_update", "letters_log_p", "predict_all", "letter_counts",
                "set_letters", "splice_models", "fit_weighted", "denoiser_batches", "either_strand", "fit_network",
                "members", "cell_models", "CountRows", "save_network", "dna_parser", "open_world"}
-COMPOSITION = {"check_adapters", "attach_adapters", "with_adapter", "path_schedule", "snr_levels", "project_to_simplex",
+COMPOSITION = {"check_adapters", "attach_adapters", "with_adapter", "project_to_simplex",
                "dual_update", "without_adapter", "prompted", "path_noise", "paired_row", "pair_distance", "draw_lines",
                "slug", "save_figure"}
 SHARED = {  # script -> names whose text it shares with every other script that is listed with them
@@ -71,7 +72,7 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     | {"per_particle", "temper_schedule", "look_ahead", "guide"},
     "toy/draft.py": FILES | NETWORK | BASELINES | TUNING,
     "toy/ddpo.py": FILES | NETWORK | BASELINES | TUNING,
-    "sd/pretrain.py": FILES | PIPELINE | {"mean_and_se"},
+    "sd/pretrain.py": FILES | PIPELINE - {"path_schedule", "snr_levels"} | {"mean_and_se"},
     "sd/das.py": FILES | SAMPLER | PIPELINE | REWARDS
     | {"selection_weights", "mean_and_se", "log_mean_and_se", "tilted_mean_and_se"},
     "sd/draft.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | TRAINING
@@ -80,9 +81,9 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     | {"weighted_gain", "adapter_rows", "draw_adapters", "log_mean_and_se", "mean_and_se"},
     "sd/constrained_alignment.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | TRAINING
     | {"dual_update", "maximise_dual", "check_feasible", "log_mean_exp"},
-    "sd/and_composition.py": FILES | PIPELINE - {"ddim_sample", "ddim_schedule"} | REWARDS | RESAMPLING | COMPOSITION
+    "sd/and_composition.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | RESAMPLING | COMPOSITION
     | {"gather", "all_rewards", "checked"},
-    "sd/or_composition.py": FILES | PIPELINE - {"ddim_sample", "ddim_schedule"} | COMPOSITION
+    "sd/or_composition.py": FILES | PIPELINE - {"ddim_sample"} | COMPOSITION
     | {"Joined", "prompt_list", "load_adapter", "training_flags", "check_training_flags", "fresh_adapter",
        "save_adapter", "train_adapter", "read_checkpoint", "spread", "log_snr_rule", "mode_masses"},
     "sd/msdda.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS

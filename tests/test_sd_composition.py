@@ -83,7 +83,7 @@ def chain(world, prompt, adapter, eta=1.0):
 
     The offsets are (4,).
     """
-    _, abar = land.path_schedule(world, flags())
+    _, abar = land.path_schedule(world.scheduler, flags().steps)
     target = world.uncond[0, 0] + GUIDANCE * (world.cond[prompt, 0] - world.uncond[0, 0])
     stretch, shift = world.unet.adapters[adapter] if adapter else (0.0, (0.0,) * 4)
     found = [], [], []
@@ -189,7 +189,7 @@ def drawn(script, world, weights, groups, particles, ess, eta=1.0, chunk=None, s
                                     flags(prompts=["two"], chunk=chunk))
     noise = torch.randn(STEPS + 1, groups * particles, 4, 1, 1, generator=generator(seed), dtype=F)
     return script.product_paths(problem.predict(groups * particles), weights, noise,
-                                *script.path_schedule(world, flags()), particles, generator(6), eta, ess)
+                                *script.path_schedule(world.scheduler, flags().steps), particles, generator(6), eta, ess)
 
 
 def scores(values):
@@ -342,7 +342,7 @@ def teacher_paths(script, world, name, n, seed=1):
     number = torch.ones(n, dtype=torch.long)
     policy = script.prompted(world, flags(), number)
     noise = torch.randn(STEPS + 1, n, 4, 1, 1, generator=generator(seed), dtype=F)
-    timesteps, abar = script.path_schedule(world, flags())
+    timesteps, abar = script.path_schedule(world.scheduler, flags().steps)
     drawn = script.draw_paths(script.with_adapter(world.unet, name, policy), noise, timesteps, abar)
     return drawn, lambda other: script.with_adapter(world.unet, other, policy), timesteps, script.step_costs(abar)
 
@@ -399,7 +399,7 @@ def covered(script, method="kl", updates=120):
     theta = torch.zeros(4, dtype=F, requires_grad=True)
     args = flags(updates=updates, primal_steps=4, batch=16, levels=8, dual_lr=0.1)
     data = [teacher_paths(script, world, name, 16)[0] for name in world.adapters]
-    timesteps, abar = script.path_schedule(world, args)
+    timesteps, abar = script.path_schedule(world.scheduler, args.steps)
 
     def policy(number):
         base = script.without_adapter(world.unet, script.prompted(world, args, number + 1))
@@ -602,7 +602,7 @@ def test_bad_flags(name, words, sentence, capsys):
 @pytest.mark.parametrize("name, words, sentence", [
     ("and", "--quick --lora none/a none/b --reward clip contrast", "holds no LoRA weights"),
     ("or", "--quick --lora none/a none/b", "holds no LoRA weights"),
-    ("and", "--quick --problem prompts --concepts cat+sun --steps 300", "take fewer steps"),
+    ("and", "--quick --problem prompts --concepts cat+sun --steps 1000", "take fewer steps"),
 ])
 def test_bad_input(name, words, sentence, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:

@@ -4,6 +4,7 @@ The sampler is the text of toy/das.py and is tested there. Here a double with th
 exact noise of Gaussian latents, a linear decoder makes images of them, and prompts, guidance, scheduler, decoder,
 chunks and reward go the way of Stable Diffusion. The exact answer comes from the steps of diffusers' own scheduler.
 """
+import fractions
 import io
 import json
 import math
@@ -63,7 +64,7 @@ class LinearDecoder:
 
 
 class Exact:
-    """What six steps of diffusers' scheduler make of GaussianUNet, tilted by a reward that is linear in the pixels."""
+    """What six steps of diffusers' DDIM, at the times of the script, make of GaussianUNet, tilted by a reward that is linear in the pixels."""
 
     pixels = torch.randn(12, generator=generator(2), dtype=torch.float64)
     means = torch.tensor([[0.4, -0.2, 0.1, 0.6], [-0.5, 0.3, 0.2, 0.1]], dtype=torch.float64)  # of two prompts
@@ -74,9 +75,10 @@ class Exact:
         self.scheduler = DDIMScheduler.from_pretrained(MINI / "scheduler")
         unet = GaussianUNet(self.scheduler.alphas_cumprod.double())
         mean = self.free + args.guidance * (self.means[number] - self.free)
-        self.scheduler.set_timesteps(args.steps)
+        times = [*das.path_schedule(self.scheduler, args.steps)[0], 0]
         offset, factor, var = torch.zeros(4, dtype=torch.float64), 1.0, 1.0
-        for t in self.scheduler.timesteps:
+        for t, end in zip(torch.tensor(times), times[1:]):
+            self.scheduler.num_inference_steps = fractions.Fraction(1000, t.item() - end)  # its way to say t - end
             x = torch.stack([torch.zeros(4), torch.ones(4), torch.zeros(4)]).double()[:, :, None, None]
             eps = unet(x, t.expand(3), mean.expand(3, 1, 4)).sample
             z = torch.tensor([0.0, 0, 1]).double()[:, None, None, None].expand_as(x)
@@ -157,7 +159,7 @@ def test_without_a_reward_it_is_the_plain_sampler():
     rng = generator(5)
     noise = torch.randn(8, 4, 1, 1, generator=rng)
     predict_noise = das.noise_predictor(world.unet, world.cond[:1], world.uncond, args.guidance)
-    out = das.das(predict_noise, lambda x: torch.zeros(len(x)), noise, *das.ddim_schedule(world.scheduler, 6), rng, 4,
+    out = das.das(predict_noise, lambda x: torch.zeros(len(x)), noise, *das.path_schedule(world.scheduler, 6), rng, 4,
                   eta=args.eta, guided=False)
     assert torch.equal(out["x"], plain) and (out["log_z"] == 0).all()
 
