@@ -958,19 +958,22 @@ def main(args):
     """Train every method, measure all on the same noise, write figure and numbers.json -> {row name: estimate}."""
     start, out = time.perf_counter(), results_folder(args, "sd_ddpo")
     world = load_world(args)
-    results, traces, calls = {"base": measure_base(world, args)}, {}, args.images * len(args.prompts)
+    results, traces, cost = {"base": measure_base(world, args)}, {}, []
+    drawn, twice = args.images * len(args.prompts) * args.steps, 2 if args.guidance != 1 else 1
     for method in args.methods:
         kl_weight = args.kl_weight if method == "ddpo_kl" else 0.0
+        begun = time.process_time()
         traces[method] = train_adapter(method, world, ddpo_update(world, args, kl_weight), args, out)
+        looked = args.steps * (2 if kl_weight else 1) + max(1, round(args.fraction * args.steps))
+        cost += [row(f"{method}.all.calls", args.updates * args.batch * looked * twice),
+                 row(f"{method}.all.seconds", time.process_time() - begun)]
         save_adapter(world.unet, out / method)
         results[method] = draw_images(world, args, True)
-        share = max(1, round(args.fraction * args.steps)) / args.steps
-        calls += 2 * args.images * len(args.prompts) + args.updates * args.batch * (1 + share + (kl_weight > 0))
-    rows = adapter_rows(world, args, results)
+    rows = adapter_rows(world, args, results) + cost
     rows += [row(f"{method}.all.clipped", sum(point["clipped"] for point in trace) / len(trace))
              for method, trace in traces.items()]
     draw_adapters(out / "figure.png", args, world, rows, results, traces)
-    calls = round(calls * args.steps * (2 if args.guidance != 1 else 1))
+    calls = sum(r["estimate"] for r in cost[::2]) + drawn * twice * (1 + 2 * len(args.methods))
     write_numbers(out / "numbers.json", args, rows, calls, time.perf_counter() - start)
     print_table(rows, "all", ["gain", "clip_eval", "clip_eval_change", "diversity", "kl", "objective"])
     return {r["name"]: r["estimate"] for r in rows}

@@ -76,7 +76,7 @@ def parse_args(argv=None):
     training_flags(parser, 1e-3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
     parser.add_argument("--back", type=positive(int), default=3, help="steps that `truncated` differentiates through")
-    parser.add_argument("--kl-weight", type=positive(float), default=0.03, help="of the methods with KL")
+    parser.add_argument("--kl-weight", type=positive(float), default=0.05, help="of the methods with KL")
     args = parser.parse_args(argv)
     check_training_flags(parser, args)
     if "jpeg" in dict(args.reward):
@@ -890,17 +890,20 @@ def main(args):
     """Train every method, measure all on the same noise, write figure and numbers.json -> {row name: estimate}."""
     start, out = time.perf_counter(), results_folder(args, "sd_draft")
     world = load_world(args)
-    results, traces, calls = {"base": measure_base(world, args)}, {}, args.images * len(args.prompts)
+    results, traces, cost = {"base": measure_base(world, args)}, {}, []
+    drawn, twice = args.images * len(args.prompts) * args.steps, 2 if args.guidance != 1 else 1
     for method in args.methods:
         kl_weight = args.kl_weight if method.endswith("_kl") else 0.0
         back = {"draft_1": 1, "truncated": args.back}.get(method.removesuffix("_kl"), args.steps)
+        begun = time.process_time()
         traces[method] = train_adapter(method, world, draft_update(world, args, kl_weight, back), args, out)
+        calls = args.updates * args.batch * args.steps * (2 if kl_weight else 1) * twice
+        cost += [row(f"{method}.all.calls", calls), row(f"{method}.all.seconds", time.process_time() - begun)]
         save_adapter(world.unet, out / method)
         results[method] = draw_images(world, args, True)
-        calls += 2 * args.images * len(args.prompts) + args.updates * args.batch * (2 if kl_weight else 1)
-    rows = adapter_rows(world, args, results)
+    rows = adapter_rows(world, args, results) + cost
     draw_adapters(out / "figure.png", args, world, rows, results, traces)
-    calls = round(calls * args.steps * (2 if args.guidance != 1 else 1))
+    calls = sum(r["estimate"] for r in cost[::2]) + drawn * twice * (1 + 2 * len(args.methods))
     write_numbers(out / "numbers.json", args, rows, calls, time.perf_counter() - start)
     print_table(rows, "all", ["gain", "clip_eval", "clip_eval_change", "diversity", "kl", "objective"])
     return {r["name"]: r["estimate"] for r in rows}
