@@ -1204,23 +1204,25 @@ def main(args):
     """Train every method, measure all, write figure and numbers.json -> {row name: estimate}."""
     start, out = time.perf_counter(), results_folder(args, "sd_dav")
     world = load_world(args)
-    results, traces = {"base": measure_base(world, args)}, {}
+    results, traces, cost, twice = {"base": measure_base(world, args)}, {}, [], 2 if args.guidance != 1 else 1
     results["search"] = draw_found(world, args)
     for method in args.methods:
         update = dav_update(world, args, args.kl if method == "dav_kl" else 0.0, method != "no_search")
+        begun = time.process_time()
         traces[method] = train_adapter(method, world, update, args, out)
+        cost += [row(f"{method}.all.calls", sum(point["calls"] for point in traces[method]) * twice),
+                 row(f"{method}.all.seconds", time.process_time() - begun)]
         save_adapter(world.unet, out / method)
         results[method] = draw_images(world, args, True)
         if method == "dav":
             results["posterior"] = draw_found(world, args)
-    rows = dav_rows(world, args, results, traces)
+    rows = dav_rows(world, args, results, traces) + cost
     draw_rounds(out / "figure.png", world, args, results, traces)
     searches = len(results) - 1 - len(traces)
     found = 1 + (args.steps - 1) * (args.children if args.search != "smc" else 1)
-    calls = args.images * len(args.prompts) * (args.steps * (1 + 2 * len(traces)) + searches * found)
-    calls += sum(point["calls"] for trace in traces.values() for point in trace)
-    write_numbers(out / "numbers.json", args, rows, round(calls) * (2 if args.guidance != 1 else 1),
-                  time.perf_counter() - start)
+    calls = args.images * len(args.prompts) * (args.steps * (1 + 2 * len(traces)) + searches * found) * twice
+    calls += sum(r["estimate"] for r in cost[::2])
+    write_numbers(out / "numbers.json", args, rows, calls, time.perf_counter() - start)
     print_table(rows, "all", ["gain", "clip_eval", "diversity", "diversity_kept", "kl", "elbo"])
     return {r["name"]: r["estimate"] for r in rows}
 
