@@ -62,7 +62,7 @@ from torch.utils.checkpoint import checkpoint
 
 PRESETS = {  # what the size flags default to
     "quick": dict(updates=2, batch=8, steps=4, images=4),
-    "default": dict(updates=40, batch=32, steps=10, images=64),
+    "default": dict(updates=50, batch=32, steps=10, images=64),
     "paper": dict(updates=200, batch=256, steps=50, images=64),
 }
 METHODS = ("ddpo", "ddpo_kl")
@@ -76,7 +76,8 @@ def parse_args(argv=None):
     model_flags(parser, PROMPTS, [("clip", 1.0)])
     training_flags(parser, 3e-3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--kl-weight", type=positive(float), default=0.05, help="of the method with KL")
+    parser.add_argument("--kl-weight", type=positive(float), default=0.01, help="of the method with KL")
+    parser.add_argument("--kl-lr", type=positive(float), default=1e-3, help="step of Adam of the method with KL")
     parser.add_argument("--per-prompt", type=positive(int), default=8, help="images of a prompt in a batch, or more")
     parser.add_argument("--minibatches", type=positive(int), default=2, help="optimiser steps of one round")
     parser.add_argument("--fraction", type=positive(float), default=0.5, help="of the steps that an update looks at")
@@ -963,7 +964,8 @@ def main(args):
     for method in args.methods:
         kl_weight = args.kl_weight if method == "ddpo_kl" else 0.0
         begun = time.process_time()
-        traces[method] = train_adapter(method, world, ddpo_update(world, args, kl_weight), args, out)
+        own = argparse.Namespace(**vars(args) | dict(lr=args.kl_lr if kl_weight else args.lr))
+        traces[method] = train_adapter(method, world, ddpo_update(world, own, kl_weight), own, out)
         looked = args.steps * (2 if kl_weight else 1) + max(1, round(args.fraction * args.steps))
         cost += [row(f"{method}.all.calls", args.updates * args.batch * looked * twice),
                  row(f"{method}.all.seconds", time.process_time() - begun)]
