@@ -60,6 +60,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
@@ -120,7 +121,8 @@ def model_flags(parser, prompts, rewards):
     parser.add_argument("--aesthetic", default="sac+logos+ava1-l14-linearMSE.pth", help="file of LAION's head")
     parser.add_argument("--steps", type=positive(int), help="sampling steps, at most 1000")
     parser.add_argument("--guidance", type=positive(float), default=4.0, help="classifier-free guidance, 1 is none")
-    parser.add_argument("--chunk", type=positive(int), default=64, help="images in one call: this sets the memory")
+    parser.add_argument("--chunk", type=positive(int), default=64,
+                        help="images in one call, of all processes together: this sets the memory")
 
 
 class Joined(argparse.Action):
@@ -616,6 +618,8 @@ def check_training_flags(parser, args):
         parser.error("--steps can be at most 1000 and --eta at most 1")
     if args.images < 2:
         parser.error("--images must be at least 2: diversity is that of two images")
+    if args.batch < processes()[0]:
+        parser.error(f"--batch {args.batch} cannot be shared out to {processes()[0]} processes")
 
 
 def fresh_adapter(unet, rank, rng):
@@ -725,6 +729,8 @@ def train_adapter(name, world, update, args, folder, state=None):
             value.data.copy_(stored["weights"][key])
 
     def descend():
+        for value in weights.values():
+            value.grad = process_sum(value.grad)  # each process has that of its share of the batch
         if not torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).isfinite():
             fail(f"{name}: the gradient is not finite; lower --lr, or try --dtype bfloat16 or float32.")
         optimizer.step()
@@ -972,11 +978,51 @@ def load_clip(model, device="cpu", dtype=torch.float32):
              f"id that the hub gives now ({type(error).__name__}). Where there is a network: hf download {model}.")
 
 
+def processes():
+    """How many processes work together, see `join_processes`, and the number of this one."""
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
+def process_sum(x):
+    """The sum of a tensor over the processes."""
+    if processes()[0] > 1:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+    return x
+
+
+def over_processes(function):
+    """function of tensors (n, ...) whose rows are independent -> (n, ...), each process working out a share of the n.
+
+    All processes get all rows, and the whole gradient of the tensors; that of a weight is the one of their share.
+    """
+
+    def shared(*tensors):
+        (count, number), n = processes(), len(tensors[0])
+        if count == 1:
+            return function(*tensors)
+        size = -(-n // count)  # where count does not divide n, the last row is worked out again
+        mine = torch.arange(number * size, number * size + size, device=tensors[0].device).clamp(max=n - 1)
+        tensors = [tensor.view_as(tensor) for tensor in tensors]
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(process_sum)
+        own = function(*(tensor[mine] for tensor in tensors))
+        parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(count)]
+        dist.all_gather(parts, own.detach().contiguous())
+        parts[number] = own  # the same numbers, with a gradient
+        return torch.cat(parts)[:n]
+
+    return shared
+
+
 def in_chunks(function, chunk, *tensors):
     """function of the tensors (n, ...) in slices of `chunk` (None: all at once) -> its results (n, ...) joined.
 
     Where a gradient is wanted, each slice is computed again in the backward pass: memory is that of one slice.
     """
+    if (chunk or processes()[0]) < processes()[0]:
+        fail(f"--chunk {chunk} is less than the {processes()[0]} processes, and counts the images of all of them.")
     parts = list(zip(*(tensor.split(chunk or len(tensor)) for tensor in tensors)))
     if len(parts) > 1 and torch.is_grad_enabled():
         return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
@@ -1005,6 +1051,7 @@ def noise_predictor(unet, cond, uncond=None, guidance=1.0, chunk=None):
     """
     dtype = next(unet.parameters()).dtype
 
+    @over_processes
     def plain(x, t, cond):
         return unet(x.to(dtype), t, encoder_hidden_states=cond.to(dtype)).sample.to(x.dtype)
 
@@ -1025,6 +1072,7 @@ def image_decoder(vae, chunk=None):
     """The function decode(latents (n, C, h, w)) -> images (n, 3, H, W) in [0, 1], float32, with a gradient."""
     dtype = next(vae.parameters()).dtype
 
+    @over_processes
     def part(latents):
         return (vae.decode((latents / vae.config.scaling_factor).to(dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
@@ -1054,6 +1102,7 @@ def clip_images(clip, images, chunk=None):
     size = clip.net.config.vision_config.image_size
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
 
+    @over_processes
     def part(images):
         if images.shape[2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
@@ -1085,6 +1134,25 @@ def snr_levels(scheduler, count):
 
 
 # ---- shared: command line and files ----------------------------------------------------------------------------------
+
+
+def join_processes():
+    """Under `accelerate launch`, become one of its processes, with the GPU of its number; the first writes and speaks.
+
+    Every process runs the whole script from the same seeds: all of them draw all the noise and have every particle,
+    path, reward and multiplier, so that no method need know of the others. What takes the time, a network on a batch,
+    is shared out (`over_processes`), and the gradients of the weights are summed (`train_adapter`).
+    """
+    count, gpus = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.device_count()
+    if count > 1 and not dist.is_initialized():
+        if 0 < gpus <= int(os.environ["LOCAL_RANK"]):
+            fail(f"{count} processes need as many GPUs, and here are {gpus}: start fewer, or hide the GPUs.")
+        if gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+    if processes()[1]:
+        silent = dict.fromkeys(("progress", "write_atomically", "print_table"), lambda *_: None)
+        globals().update(silent, fail=lambda _: sys.exit(2))
 
 
 def common_parser(doc):
@@ -1228,4 +1296,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    join_processes()
     main(parse_args())

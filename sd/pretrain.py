@@ -46,6 +46,7 @@ import unicodedata
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.checkpoint import checkpoint
@@ -305,11 +306,51 @@ def load_clip(model, device="cpu", dtype=torch.float32):
              f"id that the hub gives now ({type(error).__name__}). Where there is a network: hf download {model}.")
 
 
+def processes():
+    """How many processes work together, see `join_processes`, and the number of this one."""
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
+def process_sum(x):
+    """The sum of a tensor over the processes."""
+    if processes()[0] > 1:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+    return x
+
+
+def over_processes(function):
+    """function of tensors (n, ...) whose rows are independent -> (n, ...), each process working out a share of the n.
+
+    All processes get all rows, and the whole gradient of the tensors; that of a weight is the one of their share.
+    """
+
+    def shared(*tensors):
+        (count, number), n = processes(), len(tensors[0])
+        if count == 1:
+            return function(*tensors)
+        size = -(-n // count)  # where count does not divide n, the last row is worked out again
+        mine = torch.arange(number * size, number * size + size, device=tensors[0].device).clamp(max=n - 1)
+        tensors = [tensor.view_as(tensor) for tensor in tensors]
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(process_sum)
+        own = function(*(tensor[mine] for tensor in tensors))
+        parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(count)]
+        dist.all_gather(parts, own.detach().contiguous())
+        parts[number] = own  # the same numbers, with a gradient
+        return torch.cat(parts)[:n]
+
+    return shared
+
+
 def in_chunks(function, chunk, *tensors):
     """function of the tensors (n, ...) in slices of `chunk` (None: all at once) -> its results (n, ...) joined.
 
     Where a gradient is wanted, each slice is computed again in the backward pass: memory is that of one slice.
     """
+    if (chunk or processes()[0]) < processes()[0]:
+        fail(f"--chunk {chunk} is less than the {processes()[0]} processes, and counts the images of all of them.")
     parts = list(zip(*(tensor.split(chunk or len(tensor)) for tensor in tensors)))
     if len(parts) > 1 and torch.is_grad_enabled():
         return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
@@ -338,6 +379,7 @@ def noise_predictor(unet, cond, uncond=None, guidance=1.0, chunk=None):
     """
     dtype = next(unet.parameters()).dtype
 
+    @over_processes
     def plain(x, t, cond):
         return unet(x.to(dtype), t, encoder_hidden_states=cond.to(dtype)).sample.to(x.dtype)
 
@@ -358,6 +400,7 @@ def image_decoder(vae, chunk=None):
     """The function decode(latents (n, C, h, w)) -> images (n, 3, H, W) in [0, 1], float32, with a gradient."""
     dtype = next(vae.parameters()).dtype
 
+    @over_processes
     def part(latents):
         return (vae.decode((latents / vae.config.scaling_factor).to(dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
@@ -387,6 +430,7 @@ def clip_images(clip, images, chunk=None):
     size = clip.net.config.vision_config.image_size
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
 
+    @over_processes
     def part(images):
         if images.shape[2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)

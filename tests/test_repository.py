@@ -27,9 +27,9 @@ MEASURES = {"mean_and_se", "log_mean_and_se", "tilted_mean_and_se", "emd", "emd_
 RESAMPLING = {"effective_sample_size", "log_mean_exp", "resample", "invert_cdf", "pivotal"}
 MULTIPLIERS = {"make_grid", "project_to_simplex", "dual_update"}
 KL = {"log_snr_levels", "multistep_kernel", "ddim_kernel", "Counted"}
-PIPELINE = {"load_pipeline", "load_clip", "in_chunks", "tokenize", "encode_prompts", "noise_predictor", "image_decoder",
-            "images_in_range", "clip_text", "clip_images", "path_schedule", "snr_levels", "ddim_sample",
-            "ddim_kernel"}
+PIPELINE = {"load_pipeline", "load_clip", "processes", "process_sum", "over_processes", "in_chunks", "tokenize",
+            "encode_prompts", "noise_predictor", "image_decoder", "images_in_range", "clip_text", "clip_images",
+            "path_schedule", "snr_levels", "ddim_sample", "ddim_kernel", "join_processes"}
 REWARDS = {"model_flags", "Joined", "prompt_list", "weighted_name", "load_world", "load_adapter", "load_rewards",
            "jpeg_reward", "saturation_reward", "contrast_reward", "clip_reward", "aesthetic_reward"}
 TRAINING = {"training_flags", "check_training_flags", "fresh_adapter", "save_adapter", "without_adapter", "prompted",
@@ -72,7 +72,7 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     | {"per_particle", "temper_schedule", "look_ahead", "guide"},
     "toy/draft.py": FILES | NETWORK | BASELINES | TUNING,
     "toy/ddpo.py": FILES | NETWORK | BASELINES | TUNING,
-    "sd/pretrain.py": FILES | PIPELINE - {"path_schedule", "snr_levels"} | {"mean_and_se"},
+    "sd/pretrain.py": FILES | PIPELINE - {"path_schedule", "snr_levels", "join_processes"} | {"mean_and_se"},
     "sd/das.py": FILES | SAMPLER | PIPELINE | REWARDS
     | {"selection_weights", "mean_and_se", "log_mean_and_se", "tilted_mean_and_se"},
     "sd/draft.py": FILES | PIPELINE - {"ddim_sample"} | REWARDS | TRAINING
