@@ -3,14 +3,18 @@
     python tests/benchmark_sd.py --device cuda                    512 x 512, bfloat16
     python tests/benchmark_sd.py --device cpu --tiny --steps 3    only checks that it runs
 
-A line for each method and chunk: seconds per image, predictions of the UNet per image (two with guidance), share of the
-time spent outside UNet, decoder and reward, peak memory. It has been checked at the tiny size on a CPU alone: the time
-and memory at true size were not measured. Outside is what this repository's own text costs; it should be at most 10%.
+A line for each method and chunk, of DAS, a training step of DRaFT and DDPO, an E-step of DAV (two children a state) and
+a dual step of the product of three adapters, which decodes nothing: seconds per image, predictions of the UNet per
+image (two with guidance), share of the time spent outside UNet, decoder and reward, peak memory. It has been checked at
+the tiny size on a CPU alone: the time and memory at true size were not measured. Outside is what this repository's own
+text costs; it should be at most 10%.
 """
 import argparse
 import time
 import types
+import warnings
 
+import peft
 import torch
 from conftest import load
 from torch.utils.checkpoint import set_checkpoint_early_stop
@@ -140,19 +144,55 @@ def training_run(name):
     return make
 
 
+def dav_run(args):
+    """One E-step of DAV, args.batch paths of which each state has two children: a function like das_run."""
+    dav = load("sd/dav.py")
+    world, rng = build(args, dav), torch.Generator(args.device).manual_seed(0)
+    dav.fresh_adapter(world.unet, 4, rng)
+    world.unet.requires_grad_(False)  # the search has a gradient of the latents, not of weights
+    return lambda: dav.e_step(world, args, 0, args.batch, rng), world, args.batch
+
+
+def and_run(args):
+    """One dual step of the product of three adapters, args.batch paths: a function like das_run."""
+    land = load("sd/and_composition.py")
+    world, rng = build(args, land), torch.Generator(args.device).manual_seed(0)
+    names = ("first", "second", "third")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft is surprised that there is more than one
+        for name in names:
+            world.unet.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), name)
+    world.unet.requires_grad_(False).to(args.device, getattr(torch, args.dtype))
+    policy = land.prompted(world, args, torch.zeros(args.batch, dtype=torch.long, device=args.device), args.chunk)
+    models = [land.with_adapter(world.unet, name, policy) for name in names]
+    schedule = land.path_schedule(world.scheduler, args.steps)
+
+    def run():
+        equal = torch.full((3,), 1 / 3, dtype=torch.float64)
+        noise = land.path_noise(world, args, args.batch, rng)
+        _, kl, log_z = land.product_paths(models, equal, noise, *schedule, args.batch, rng, args.eta, 0.5)
+        gap = (kl.mean(1) - log_z.mean()).double().cpu()
+        raw, _ = land.dual_update(equal, gap / max(gap.mean().item(), 1.0), torch.zeros(3, dtype=torch.float64), 0.15)
+        return land.project_to_simplex(raw)
+
+    return run, world, args.batch
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--tiny", action="store_true", help="a small model, to check that the script runs")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=4, help="particles of DAS, images of a training step")
+    parser.add_argument("--batch", type=int, default=4, help="particles of DAS, paths of a step of the others")
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4])
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here: --device cpu --tiny checks that the script runs")
     args.guidance, args.eta, args.reward, args.per_prompt, args.minibatches = 5.0, 1.0, [("clip", 1.0)], 2, 1
     args.fraction, args.clip_range = 1.0, 0.2
+    args.search, args.children, args.gradient, args.discount = "local", 2, "on", 1.0
+    args.max_shift, args.kl_weight = 3.0, 0.1
     print("method  chunk  s/image  UNet/image   unet  decoder  reward  outside  peak GiB")
     with set_checkpoint_early_stop(False):  # else what is computed again ends before its last edge
         measure(args)
@@ -160,7 +200,9 @@ def main():
 
 def measure(args):
     """A line for each method and chunk."""
-    for name, make in dict(das=das_run, draft=training_run("draft"), ddpo=training_run("ddpo")).items():
+    methods = {"das": das_run, "draft": training_run("draft"), "ddpo": training_run("ddpo"), "dav": dav_run,
+               "and": and_run}
+    for name, make in methods.items():
         for args.chunk in args.chunks:
             run, world, images = make(args)
             run()  # warms up
