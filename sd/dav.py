@@ -67,7 +67,7 @@ from torch.utils.checkpoint import checkpoint
 
 PRESETS = {  # what the size flags default to
     "quick": dict(updates=2, batch=8, steps=4, images=4),
-    "default": dict(updates=6, batch=24, steps=10, images=32),
+    "default": dict(updates=8, batch=24, steps=10, images=32),
     "paper": dict(updates=100, batch=64, steps=50, images=64),
 }
 METHODS = ("dav", "dav_kl", "no_search")
@@ -84,11 +84,11 @@ def parse_args(argv=None):
     parser.add_argument("--search", choices=["local", "smc", "nested"], default="local", help="the E-step")
     parser.add_argument("--children", type=positive(int), default=2, help="of each state, for local and nested")
     parser.add_argument("--gradient", choices=["on", "off"], help="of the reward in the proposals; off for jpeg")
-    parser.add_argument("--max-shift", type=positive(float), default=3.0, help="cap on the guidance, in sigmas, or inf")
+    parser.add_argument("--max-shift", type=positive(float), default=1.0, help="cap on the guidance, in sigmas, or inf")
     parser.add_argument("--discount", type=positive(float), default=1.0, help="gamma, at most 1")
     parser.add_argument("--kl-weight", type=positive(float), default=0.1, help="reward temperature alpha")
-    parser.add_argument("--kl", type=positive(float), default=0.3, help="lambda of DAV-KL")
-    parser.add_argument("--epochs", type=positive(int), default=4, help="passes of an M-step over the steps found")
+    parser.add_argument("--kl", type=positive(float), default=0.2, help="lambda of DAV-KL")
+    parser.add_argument("--epochs", type=positive(int), default=1, help="passes of an M-step over the steps found")
     parser.add_argument("--minibatch", type=positive(int), default=32, help="steps behind one step of Adam")
     args = parser.parse_args(argv)
     check_training_flags(parser, args)
