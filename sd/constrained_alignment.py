@@ -26,7 +26,8 @@ Notation (here -> paper)
 Algorithm (Algorithm 1 of the paper, by back-propagation through the sampler)
        1. draw latents with the adapter; at each step, predict with the adapter off as well           `roll_out`
        2. decode, reward, descend KL - objective - sum_i dual_i r_i           `lagrangian_update`, `gains`
-       3. raise dual_i where r_i is below its threshold, lower it where above                 `dual_update`
+       3. raise dual_i where r_i is below its threshold, lower it where above, and by how much r_i has just changed,
+          since the adapter follows the multipliers some five rounds late                     `dual_update`
        4. repeat; what is returned are averages over the last quarter, of adapter and multipliers     `train_adapter`
        `equal` gives every reward the same weight, as a penalty method does, of the same sum.
 
@@ -77,8 +78,8 @@ def parse_args(argv=None):
     training_flags(parser, 1e-3)
     parser.add_argument("--problem", nargs="+", choices=list(THRESHOLDS), default=list(THRESHOLDS))
     parser.add_argument("--threshold", nargs="+", type=positive(float), help="those of the one --problem, in its order")
-    parser.add_argument("--dual", choices=["ascent", "nupi"], default="ascent")
-    parser.add_argument("--dual-lr", type=positive(float), default=2.0, help="step of the multipliers")
+    parser.add_argument("--dual", choices=["ascent", "nupi"], default="nupi", help="ascent is the paper's, and circles")
+    parser.add_argument("--dual-lr", type=positive(float), default=0.5, help="step of the multipliers")
     parser.add_argument("--weight", type=positive(float), help="of every reward in the row `equal`; default: same sum")
     args = parser.parse_args(argv)
     check_training_flags(parser, args)
