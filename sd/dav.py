@@ -898,8 +898,10 @@ def draw_rounds(path, world, args, results, traces):
     for method, trace in curves.items():
         prefix = "found_" if method == "posterior" else ""
         for ax, name in zip(panels, ("gain", "clip_eval", "diversity")):
-            ax.plot([*(point[prefix + name] for point in trace), last[method][name]], color=COLORS[method], marker=".",
-                    label=TITLES[method])
+            line = torch.tensor([point[prefix + name] for point in trace])
+            if not prefix:  # of the same few noises in every round: what has changed since the base model
+                line += last["base"][name] - line[0]
+            ax.plot([*line, last[method][name]], color=COLORS[method], marker=".", label=TITLES[method])
         if method != "posterior":
             panels[3].plot([point["elbo"] for point in trace], color=COLORS[method], marker=".")
     for ax, name in zip(panels, ("gain", "clip_eval", "diversity")):
