@@ -79,7 +79,7 @@ def parse_args(argv=None):
     parser.add_argument("--problem", nargs="+", choices=list(THRESHOLDS), default=list(THRESHOLDS))
     parser.add_argument("--threshold", nargs="+", type=positive(float), help="those of the one --problem, in its order")
     parser.add_argument("--dual", choices=["ascent", "nupi"], default="nupi", help="ascent is the paper's, and circles")
-    parser.add_argument("--dual-lr", type=positive(float), default=0.5, help="step of the multipliers")
+    parser.add_argument("--dual-lr", type=positive(float), default=1.0, help="step of the multipliers")
     parser.add_argument("--weight", type=positive(float), help="of every reward in the row `equal`; default: same sum")
     args = parser.parse_args(argv)
     check_training_flags(parser, args)
