@@ -16,16 +16,15 @@ from conftest import SOURCE, load, planted
 F = torch.float64
 TOLERANCE = 1e-3  # of a value or of 0.1, whichever is more
 FLAGS = {  # sizes that two processes cannot share out evenly, and one script with calls in several slices
-    "draft": "--prompts cat tiger --steps 2 --images 3 --methods truncated full_kl --back 1 --updates 2 --batch 3 "
-             "--chunk 2",
+    "draft": "--prompts cat --steps 2 --images 3 --methods full_kl --back 1 --updates 2 --batch 3 --chunk 2",
     "ddpo": "--prompts cat --steps 2 --images 3 --methods ddpo_kl --updates 2 --batch 3 --per-prompt 3",
     "constrained_alignment": "--prompts cat --steps 2 --images 5 --problem learned --threshold 0.1 0.1 --updates 2 "
                              "--batch 3",
-    "das": "--prompts cat tiger --steps 3 --groups 2 --particles 3 --reference 9",
+    "das": "--prompts cat --steps 3 --groups 3 --particles 3 --reference 9",
     "dav": "--prompts cat --steps 2 --images 3 --methods dav_kl --updates 1 --batch 3 --epochs 1",
-    "and_composition": "--prompts cat --steps 2 --images 6 --particles 3 --batch 3 --concepts cat+sun --dual-steps 4",
+    "and_composition": "--prompts cat --steps 2 --images 6 --particles 3 --batch 3 --dual-steps 4 --problem adapters",
     "or_composition": "--prompts cat --steps 2 --images 4 --methods elbo kl --updates 2 --batch 3 --primal-steps 1 "
-                      "--data 3 --levels 2 --concepts cat sun",
+                      "--data 3 --levels 2 --concepts cat sun --problem prompts",
     "msdda": "--prompts cat --steps 5 --images 6 --particles 3",
 }
 FIGURES = {"draw_adapters", "draw_problems", "draw_rounds", "draw_product", "draw_mixture", "draw_panels"}
@@ -84,37 +83,41 @@ def launch(*words):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     env = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-    return subprocess.run([*command, *words], cwd=SOURCE, env=env, capture_output=True, text=True, timeout=900)
+    return subprocess.Popen([*command, *words], cwd=SOURCE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What two processes found, and the folder that the first of them wrote."""
-    folder = tmp_path_factory.mktemp("two")
-    end = launch(str(pathlib.Path(__file__).resolve()), str(folder))
-    assert end.returncode == 0, end.stderr[-3000:]
-    return [json.loads((folder / f"{number}.json").read_text()) for number in (0, 1)], folder
+def found(tmp_path_factory):
+    """What each of two processes found, what one did, and the folder that the first of the two wrote."""
+    folder, alone = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.chdir(SOURCE)
+        process = launch(str(pathlib.Path(__file__).resolve()), str(folder))
+        one = {script: run(script, alone) for script in FLAGS}  # meanwhile
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors[-3000:]
+    return *(json.loads((folder / f"{number}.json").read_text()) for number in (0, 1)), one, folder
 
 
 def untimed(numbers):
     return {name: value for name, value in numbers.items() if not name.endswith(".seconds")}
 
 
-def test_gradients_of_shared_networks(two):
-    for number, found in enumerate(two[0]):
-        assert found["processes"] == [2, number] and found["gaps"].pop("none") < 1e-10
-        assert set(found["gaps"]) == set(BUGS) and min(found["gaps"].values()) > 1e-3, found["gaps"]
+def test_gradients_of_shared_networks(found):
+    for number, process in enumerate(found[:2]):
+        gaps = dict(process["gaps"])
+        assert process["processes"] == [2, number] and gaps.pop("none") < 1e-10
+        assert set(gaps) == set(BUGS) and min(gaps.values()) > 1e-3, gaps
 
 
 @pytest.mark.parametrize("script", FLAGS)
-def test_two_processes_get_the_numbers_of_one(script, two, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(SOURCE)
-    first, second = (untimed(found["numbers"][script]) for found in two[0])
+def test_two_processes_get_the_numbers_of_one(script, found):
+    first, second, one = (untimed(numbers[script]) for numbers in (found[0]["numbers"], found[1]["numbers"], found[2]))
     assert first == second  # to the bit, or their multipliers and ancestors would part
-    rows = json.loads((two[1] / f"sd_{script}/numbers.json").read_text())["rows"]
+    rows = json.loads((found[3] / f"sd_{script}/numbers.json").read_text())["rows"]
     assert untimed({r["name"]: r["estimate"] for r in rows}) == first
-    one = untimed(run(script, tmp_path))
     gaps = {name: abs(value - first[name]) / max(abs(value), 0.1) for name, value in one.items()}
     assert set(one) == set(first) and max(gaps.values()) < TOLERANCE, max(gaps, key=gaps.get)
 
@@ -122,12 +125,14 @@ def test_two_processes_get_the_numbers_of_one(script, two, tmp_path, monkeypatch
 def test_a_script_speaks_once(tmp_path):
     """The script itself, as a user starts it; then with sizes that two processes cannot share."""
     flags = "--quick --prompts cat --steps 2 --groups 2 --particles 2 --reference 4 --out".split()
-    end = launch("sd/das.py", *flags, str(tmp_path))
-    assert end.returncode == 0, end.stderr[-3000:]
-    assert end.stdout.count("clip_eval") == 1 and end.stderr.count("base 1/1") == 1
+    process = launch("sd/das.py", *flags, str(tmp_path))
+    text, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors[-3000:]
+    assert text.count("clip_eval") == 1 and errors.count("base 1/1") == 1
     assert {p.name for p in tmp_path.rglob("*.*")} == {"numbers.json", "figure.png"}
-    end = launch("sd/draft.py", "--quick", "--batch", "1", "--out", str(tmp_path))
-    assert end.returncode and end.stderr.count("--batch 1 cannot be shared out to 2 processes") == 1
+    process = launch("sd/draft.py", "--quick", "--batch", "1", "--out", str(tmp_path))
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode and errors.count("--batch 1 cannot be shared out to 2 processes") == 1
 
 
 def test_more_processes_than_gpus(monkeypatch, capsys):
