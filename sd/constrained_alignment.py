@@ -79,7 +79,9 @@ def parse_args(argv=None):
     parser.add_argument("--problem", nargs="+", choices=list(THRESHOLDS), default=list(THRESHOLDS))
     parser.add_argument("--threshold", nargs="+", type=positive(float), help="those of the one --problem, in its order")
     parser.add_argument("--dual", choices=["ascent", "nupi"], default="nupi", help="ascent is the paper's, and circles")
-    parser.add_argument("--dual-lr", type=positive(float), default=1.0, help="step of the multipliers")
+    parser.add_argument("--dual-lr", type=positive(float), default=0.5, help="step of the multipliers")
+    parser.add_argument("--dual-start", type=positive(float), default=4.0, help="the multipliers at first: an adapter "
+                        "pays far more nats for a standard deviation than the best of all models")
     parser.add_argument("--weight", type=positive(float), help="of every reward in the row `equal`; default: same sum")
     args = parser.parse_args(argv)
     check_training_flags(parser, args)
@@ -379,10 +381,10 @@ def run_methods(world, problem, args, out):
         if method == "equal":
             weights = list((problem.objective | dual).values())
             fixed = dict.fromkeys(problem.objective | dual, args.weight or sum(weights) / len(weights))
-        zeros = torch.zeros(len(problem.thresholds), dtype=torch.float64, device=args.device)
+        start = torch.full((len(problem.thresholds),), args.dual_start, dtype=torch.float64, device=args.device)
         update = lagrangian_update(world, problem, args, fixed)
         traces[method] = train_adapter(f"{problem.name}_{method}", world, update, args, out,
-                                       dict(dual=zeros, memory=zeros))
+                                       dict(dual=start, memory=torch.zeros_like(start)))
         dual = {name: sum(point[f"dual_{name}"] for point in traces[method][late:]) / (args.updates - late)
                 for name in problem.thresholds} if fixed is None else dual
         save_adapter(world.unet, out / f"{problem.name}_{method}")
@@ -406,14 +408,16 @@ def measure(world, problem, args, base, results, duals):
     exact = {key: (w.to(value) * value).sum(1).mean().item() for key, value in used.items()}
     exact["kl"] = (w * (w * w.shape[1]).clamp(min=1e-300).log()).sum(1).mean().item()
     exact |= {f"dual_{key}": value for key, value in zip(problem.thresholds, dual.tolist())}
+    exact["ess"] = (1 / (w**2).sum(1)).mean().item()
+    if any(exact[key] < b - 0.01 for key, b in problem.thresholds.items()):
+        exact = {}  # no weights of so few images meet the thresholds for every prompt
     rows += [row(f"tilt.{name}.{key}", value) for key, value in exact.items()]
-    rows.append(row(f"tilt.{name}.ess", (1 / (w**2).sum(1)).mean().item()))
     rows += [row(f"threshold.{name}.{key}", value) for key, value in problem.thresholds.items()]
     for method, found in {"base": base, **results}.items():
         r = normalised(world, found)
         rows += [paired_row(f"{method}.{name}.{key}", r[key], before) for key, before in used.items()]
-        rows += [row(f"{method}.{name}.dual_{key}", value, exact=exact[f"dual_{key}"] if method == "constrained" and
-                     key in problem.thresholds else None) for key, value in duals.get(method, {}).items()]
+        rows += [row(f"{method}.{name}.dual_{key}", value, exact=exact.get(f"dual_{key}") if method == "constrained"
+                     else None) for key, value in duals.get(method, {}).items()]
         short = max((b - r[key].mean().item()) / b for key, b in problem.thresholds.items())
         rows += [row(f"{method}.{name}.violation", max(short, 0.0)),  # the worst, as a share of the threshold
                  paired_row(f"{method}.{name}.kl", found.kl),
@@ -500,11 +504,11 @@ def draw_problems(path, args, problems, base, results, traces, rows):
             if key in problem.thresholds:
                 panels[0].axhline(problem.thresholds[key], color=color, linestyle=":")
                 panels[1].plot(smoothed(traces[problem.name]["constrained"], f"dual_{key}", 1), color=color)
-                panels[1].axhline(value[f"tilt.{problem.name}.dual_{key}"], color=color, linestyle=":")
+                panels[1].axhline(value.get(f"tilt.{problem.name}.dual_{key}", math.nan), color=color, linestyle=":")
             panels[0].plot([], [], color=color, label=key)
         for method, style in (("equal", "--"), ("constrained", "-")):
             panels[2].plot(smoothed(traces[problem.name][method], "kl", 9), style, color="#555555", linewidth=1)
-        panels[2].axhline(value[f"tilt.{problem.name}.kl"], color="#555555", linestyle=":")
+        panels[2].axhline(value.get(f"tilt.{problem.name}.kl", math.nan), color="#555555", linestyle=":")
         panels[0].legend(fontsize=7)
         for ax, title in zip(panels, ("rewards: equal dashed, threshold dotted", "multipliers, best model's dotted",
                                       "KL, nats: equal dashed, least dotted")):
