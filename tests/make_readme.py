@@ -272,6 +272,43 @@ def sd_das():
     return table(["method", "reward, base standard deviations", "CLIP score, the other model", "diversity"], lines)
 
 
+def sd_compare():
+    """One record: its se is the standard deviation over three seeds."""
+    rows, lines = (records("sd/compare") or [{}])[0], []
+    labels = dict(base="base model", guidance="guidance", best_of_n="best of 16", importance="importance resampling",
+                  das="DAS", search="search of DAV on the base model", draft_1="DRaFT-1", truncated="DRaFT, last 3 steps",
+                  draft="DRaFT", draft_kl="DRaFT + KL", ddpo="DDPO", ddpo_kl="DDPO + KL", dav="DAV", dav_kl="DAV-KL",
+                  dav_posterior="DAV posterior")
+
+    def cell(name, digits):
+        r = rows.get(name)
+        if r is None:
+            return ""
+        return f"{r['estimate']:,.{digits}f}" + (f" ± {r['se']:,.{digits}f}" if r["se"] and digits else "")
+
+    for name, label in labels.items() if rows else ():
+        keys = dict(gain=2, held_out=3, diversity_kept=2, kl=1, calls=0, image_calls=0, seconds=0)
+        lines.append([label, *(cell(f"{name}.all.{key}", digits) for key, digits in keys.items())])
+    return table(["method", "reward, base standard deviations", "held-out CLIP score, change", "diversity, share of base",
+                  "KL of the paths, nats", "UNet calls, training", "UNet calls, an image", "CPU seconds, training"],
+                 lines)
+
+
+def sd_alignment():
+    runs, lines = records("sd/constrained_alignment"), []
+    for problem, rewards in dict(learned=("clip", "saturation", "contrast"),
+                                 several=("clip", "saturation", "contrast")).items():
+        for method, label in dict(constrained="constrained", equal="equal weights").items() if runs else ():
+            name = f"{method}.{problem}"
+            kept = [f"{spread(runs, f'{name}.{key}', 2)}" + (
+                f" (≥ {runs[0][f'threshold.{problem}.{key}']['estimate']:g})"
+                if f"threshold.{problem}.{key}" in runs[0] else "") for key in rewards]
+            lines.append([problem, label, *kept, spread(runs, f"{name}.kl", 1),
+                          spread(runs, f"{name}.clip_eval_change")])
+    return table(["problem", "method", "CLIP", "saturation", "contrast", "KL of the paths, nats",
+                  "held-out CLIP score, change"], lines)
+
+
 def gallery():
     """A row a figure. Minutes are of a laptop with two cores; a record that is not there yet leaves its row out."""
     rows = []
@@ -312,7 +349,8 @@ def gallery():
 TABLES = {"gallery": gallery, "das": das_reference, "das methods": das_methods, "and": and_reference, "and samplers": and_samplers,
           "or": or_reference, "alignment": alignment_reference, "msdda": msdda_reference, "dav": dav_reference,
           "baselines": baselines_reference, "compare": compare_reference, "dna base": dna_base,
-          "dna das": dna_das, "dna exact": dna_exact, "dna compare": dna_compare, "sd das": sd_das}
+          "dna das": dna_das, "dna exact": dna_exact, "dna compare": dna_compare, "sd das": sd_das,
+          "sd compare": sd_compare, "sd alignment": sd_alignment}
 
 
 def fill(text):

@@ -15,7 +15,8 @@ SCRIPTS = sorted(str(p.relative_to(REPOSITORY)) for d in ("toy", "sd", "dna") fo
 
 OWN = {"main", "parse_args"}  # names that every script defines for itself
 WORLD = {"make_problem", "run_methods", "measure", "draw_panels", "draw_duals", "dual_function",
-         "primal_dual", "diversity", "preset", "measures", "run_job", "job_results", "collect"}  # and names that may mean
+         "primal_dual", "diversity", "preset", "measures", "run_job", "job_results", "collect", "flags",
+         "recorded"}  # and names that may mean
 # another thing in each script
 
 FILES = {"common_parser", "device", "results_folder", "positive", "fail", "progress", "write_atomically", "row",
@@ -107,6 +108,7 @@ SHARED = {  # script -> names whose text it shares with every other script that 
     | {"gather", "letters_log_p", "refresh", "sample_masked", "save_network", "log_mean_and_se", "dna_parser",
        "open_world"},
     "dna/compare.py": set(),
+    "sd/compare.py": set(),
     "dna/msdda.py": FILES | SEQUENCES | JUDGES
     | {"weight_pair", "weights_tag", "resample_systematic", "effective_sample_size", "log_mean_exp", "gather",
        "log_mean_and_se", "refresh", "save_network", "either_strand", "denoiser_batches", "fit_network",
@@ -193,6 +195,13 @@ def test_readme_starts_with_the_two_commands():
     text = (REPOSITORY / "README.md").read_text()
     assert "python -m pip install -r requirements.txt && python toy/das.py" in text
     assert "python -m pip install -r requirements.txt && python -m pytest" in text
+
+
+def test_the_oldest_python_reads_every_file():
+    """The README names it; the tests were run there and with 3.11."""
+    assert "(Python 3.10 or newer;" in (REPOSITORY / "README.md").read_text()
+    for path in REPOSITORY.glob("*/*.py"):
+        ast.parse(path.read_text(), feature_version=(3, 10))
 
 
 def test_readme_tells_the_records():
