@@ -50,9 +50,9 @@ What you should see (± is the standard deviation over 3 seeds, gains in standar
 An M-step learns little of a pull, which differs from state to state: with --children 1 --max-shift 3, four passes over
 960 states explain 19% of the pull there and 8% on new paths, so that new paths are worth more than passes. But rounds
 add up: one of the default run raises the reward by 0.2.
-To try: --search smc (one path of six survives: the search gains 3.7 with 9% of the diversity, and DAV learns less),
---children 1 (no choice, less noise to learn: 6 rounds gain 1.9), --children 1 --max-shift 3 --updates 12 (gain 4.4, the
-other CLIP score 0.72), --gradient off --children 16, --discount 0.8, --kl 1.
+To try (one seed each): --search smc (few paths survive: in 3 rounds the search gains 3.7 with 9% of the diversity, DAV
+0.4), --children 1 (no choice, less noise to learn: in 6 rounds DAV gains 1.9, with 2 children 1.4), --children 1
+--max-shift 3 --updates 12 (4.4, the other CLIP score 0.72), --gradient off --children 16, --discount 0.8, --kl 1.
 """
 import argparse
 import importlib.metadata
