@@ -497,7 +497,8 @@ def adapters(tmp_path_factory):
 
 def run_words(name, adapters, out):
     extra = {"and": "--dual-steps 4 --batch 4 --images 4 --particles 2 --concepts cat+sun cat+sun+rose",
-             "or": "--concepts cat sun --updates 4 --batch 3 --images 4 --primal-steps 1 --data 3 --levels 4"}[name]
+             "or": "--methods equal kl elbo --concepts cat sun --updates 4 --batch 3 --images 4 --primal-steps 1 --data 3 "
+                   "--levels 4"}[name]
     reward = ["--reward", "saturation", "contrast"] if name == "and" else []
     return [*TINY, *extra.split(), "--lora", *adapters, *reward, "--out", str(out)]
 
