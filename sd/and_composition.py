@@ -4,7 +4,7 @@ Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusio
 NeurIPS 2025, arXiv 2508.19104: the counterpart of its Fig. 5 and 6 (problem `adapters`, figure.png: how much of the
 gain of each reward's own adapter is left) and of its Table 1 (problem `prompts`, prompts.png: two concepts at once).
 
-Run    python sd/and_composition.py                      miniature model, both problems      about 4.5 CPU minutes
+Run    python sd/and_composition.py                      miniature model, both problems                 4 CPU minutes
        python sd/and_composition.py --quick              the same, coarse: shows nothing
        python sd/and_composition.py --quick --problem prompts      half of that                     21 CPU seconds
        python sd/and_composition.py --problem prompts --concepts cat+rose "dog+red heart+sun"     other concepts
@@ -34,15 +34,15 @@ product, with no further call of the UNet. It estimates D(lambda) too, and the K
 is D: where they are equal, the multipliers are the best. KLs of the surrogate do not tell that: for two models they are
 lambda_2^2 and lambda_1^2 times the same number, so that Algorithm 3 returns (1/2, 1/2) for any pair.
 
-What you should see (one run of 12 images of each of the adapters' prompts and of 16 of each set of concepts, not of the
-default sizes). Adapters: `saturation` and `contrast_strong` pull the same way (cosine 0.40 of their shifts of the
-paths), `clip` does not: equal weights are 1.5, 3.2 and 3.9 nats from them and leave 71, 48 and 30 percent. The
-constrained weights, 0.04, 0.48 and 0.48, are 3.2, 3.1 and 3.2 nats from each and leave 59, 55 and 45: the longest shift
-gains as well as the lonely one. Percentages have errors of about 5 to 10, and a KL is no reward: with the weaker
-`contrast`, the worst percentage went 37 -> 48 in one run and 37 -> 32 in another, KLs even in both. Prompts: the joint
-prompt draws neither a cat nor a butterfly (min_clip -0.17), the product butterflies in the colours of the cat (0.34).
-Of cat, rose and sun the rose is furthest: constrained weights lower the largest KL from 2256 to 1767 nats by turning
-towards the rose, and lose the cat: min_clip 0.14 -> 0.10. The SMC rows have few particles for a thousand nats.
+What you should see (mean ± standard deviation over 3 seeds). Adapters: `saturation` and `contrast_strong` pull the same
+way (cosine 0.40 of their shifts of the paths), `clip` does not: equal weights are 1.6, 3.2 and 4.0 nats from them and
+leave 67±2, 44±3 and 38±6 percent. The constrained weights, 0.11, 0.43 and 0.46, are 2.8, 3.2 and 3.2 nats from each and
+leave 55±2, 51±2 and 49±4: the worst percentage rises from 38±6 to 48±2, by 11.4, 14.3 and 6.7 points in the three
+seeds (within a run it has an error of 5). D(lambda) is 3.08±0.04 nats, and the SMC row has no better percentages. A KL
+is no reward: the weaker `contrast` in the place of `contrast_strong` gave +10.6 points in one run and -4.5 in another.
+Prompts: the joint prompt draws neither a cat nor a butterfly (min_clip -0.19±0.01), the product butterflies in the
+colours of the cat (0.34±0.03). Of cat, rose and sun the rose is furthest: constrained weights lower the largest KL from
+2180±35 to 1712±9 nats, and lose the cat: min_clip 0.15±0.02 -> 0.10±0.02. A few particles cannot span a thousand nats.
 To try: --guidance 1 --problem prompts --concepts cat+butterfly: how far apart are two prompts without guidance?
 """
 import argparse
