@@ -18,14 +18,14 @@ Table     gain: the reward above the base model's, in its standard deviations wi
           of the base model's; kl: nats of the whole sampling paths, of tuned models; calls: of the UNet to train;
           image_calls: of the UNet for one image afterwards; seconds: CPU time of one core for the training
 
-What you should see (mean ± standard deviation over three seeds): DAV posterior gains 2.65±0.03, then come best of 16 with
-2.07±0.18, importance resampling 1.73±0.19, DAS 1.69±0.37, DAV 1.40±0.09 and DAV-KL 0.88±0.05: as in the paper the
-posterior leads, unlike there the tuned model alone is behind DAS, after 8 rounds of 24 images (--paper: 100 of 64). What
-is trained without KL gains most, 2.3 (DDPO) to 3.4 (DRaFT), and loses most of the other CLIP model's score, 0.06 to 0.11
-of 0.81. At one gain, what searches loses less than what trains: best of 16 0.02, DAV posterior 0.04, DDPO 0.06. Also
-the target of DAS itself loses 0.03. Diversity says little here: off the base model's images two images of a prompt
-differ more (1.1 to 1.5), before they collapse (DRaFT 0.75±0.41).
-With KL, DRaFT pays 16 nats for 1.6 standard deviations, DAV-KL 12 for 0.9 and DDPO 53 for 0.9.
+What you should see (mean ± standard deviation over three seeds): DAV posterior gains 2.65±0.03, then come best of 16
+with 2.07±0.18, importance resampling 1.73±0.19, DAS 1.69±0.37, DAV 1.40±0.09 and DAV-KL 0.88±0.05: as in the paper the
+posterior leads, unlike there the tuned model alone is behind DAS, after 8 rounds of 24 images (--paper: 100 of 64).
+What is trained without KL gains most, 2.3 (DDPO) to 3.4 (DRaFT), and loses most of the other CLIP model's score, 0.06
+to 0.11 of 0.81. At one gain, what searches loses less than what trains: best of 16 0.02, DAV posterior 0.04, DDPO 0.06.
+Also the target of DAS itself loses 0.03. Diversity says little here: off the base model's images two images of a prompt
+differ more (1.1 to 1.5), before they collapse (DRaFT 0.75±0.41). With KL, DRaFT pays 16 nats for 1.6 standard
+deviations, DAV-KL 12 for 0.9 and DDPO 53 for 0.9.
 To try: --seeds 1 after changing a default in dav.py: only that script runs again.
 """
 import json

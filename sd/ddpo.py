@@ -31,11 +31,11 @@ Algorithm
        4. Adam on the LoRA weights; what is returned is their average over the last quarter     `train_adapter`
        The gradient of the KL is whole: that of each step's mean, and, by 2., that of how often its points are visited.
 
-What you should see (mean ± standard deviation over 3 seeds): without KL the reward rises by 2.3±0.4 standard deviations of
-the base model's, for 509±81 nats; the CLIP score that nobody optimised falls by 0.06±0.05 and diversity is 1.1±0.3 of
-the base model's. With KL, at a third of the step of Adam, it is 0.90±0.06 for 53±5 nats and 0.014±0.003 of that score;
-the objective is 0.37±0.07, of at least 2.8 that the exact tilt has. A policy gradient of 32 images is mostly noise, and
-what it drifts costs nats: DRaFT, which has the gradient of the reward, gains 1.6 for 16 (sd/draft.py).
+What you should see (mean ± standard deviation over 3 seeds): without KL the reward rises by 2.3±0.4 standard deviations
+of the base model's, for 509±81 nats; the CLIP score that nobody optimised falls by 0.06±0.05 and diversity is 1.1±0.3
+of the base model's. With KL, at a third of the step of Adam, it is 0.90±0.06 for 53±5 nats and 0.014±0.003 of that
+score; the objective is 0.37±0.07, of at least 2.8 that the exact tilt has. A policy gradient of 32 images is mostly
+noise, and what it drifts costs nats: DRaFT, which has the gradient of the reward, gains 1.6 for 16 (sd/draft.py).
 To try: --clip-range 1e-4, the paper's, which averages log_p over the latent: what share is clipped (numbers.json)?
 """
 import argparse

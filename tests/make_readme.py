@@ -309,6 +309,31 @@ def sd_alignment():
                   "held-out CLIP score, change"], lines)
 
 
+def sd_and():
+    runs, lines = records("sd/and_composition"), []
+    models = ("saturation", "contrast_strong", "clip")
+    labels = dict(equal="equal weights", constrained="constrained (Algorithm 3)", equal_smc="equal weights, SMC",
+                  corrected="constrained, SMC")
+    for method, label in labels.items() if runs else ():
+        name = f"{method}.adapters"
+        lines.append([label, *(spread(runs, f"{name}.percent_{m}", 0) for m in models),
+                      spread(runs, f"{name}.worst_percent", 1), *(spread(runs, f"{name}.kl_{m}", 2) for m in models),
+                      spread(runs, f"{name}.dual_value", 2)])
+    return table(["weights", "saturation, % of its gain", "contrast, %", "CLIP, %", "worst, %", "KL of saturation, nats",
+                  "of contrast", "of CLIP", "bound D(λ)"], lines)
+
+
+def sd_msdda():
+    runs, lines = records("sd/msdda"), []
+    labels = dict(msdda_smc="MSDDA with C_t", msdda="MSDDA (here the blend of noise predictions)", soup="Rewarded Soup",
+                  soup_factor="soup of LoRA factors", switch="switching", rgg="reward gradients (RGG)",
+                  code="best of 5 by blocks (CoDe)")
+    for method, label in labels.items() if runs else ():
+        lines.append([label, *(spread(runs, f"{method}.all.{key}", n) for key, n in dict(
+            weighted=2, clip_eval=3, diversity=3, calls=0).items())])
+    return table(["method", "weighted reward, mean over weights", "held-out CLIP score", "diversity", "UNet calls"], lines)
+
+
 def gallery():
     """A row a figure. Minutes are of a laptop with two cores; a record that is not there yet leaves its row out."""
     rows = []
@@ -337,8 +362,18 @@ def gallery():
     add("DAV, in 2D", "toy/dav", "toy/results/dav.png", "toy/dav.py", "3", "E[r], 8 rounds", "dav.equal.mean_reward")
     add("DAS Fig. 1, DAV Fig. 2", "toy/compare", "toy/results/compare.png", "toy/compare.py", "7",
         "EMD of DAS, gmm2", "das.gmm2.emd", 2, "", "", f"{records('toy/compare')[0]['target.gmm2.emd']['estimate']:.2f}")
-    add("DAS Fig. 2", "sd/das", "sd/results/das.png", "sd/das.py", "5.5", "reward, base standard deviations",
+    add("DAS Fig. 2", "sd/das", "sd/results/das.png", "sd/das.py", "7", "reward, base standard deviations",
         "das.all.gain", 2, "", "", spread(records("sd/das"), "reference.all.gain", 2))
+    add("DAS Fig. 2, DAV Fig. 2", "sd/compare", "sd/results/compare.png", "sd/compare.py", "80",
+        "reward of DAV posterior, base standard deviations", "dav_posterior.all.gain", 2, "", "", "")
+    add("DAV Fig. 2 to 4", "sd/dav", "sd/results/dav.png", "sd/dav.py", "7", "reward of DAV", "dav.all.gain", 2, "", "", "")
+    add("Constrained Fig. 3, 4", "sd/constrained_alignment", "sd/results/constrained_alignment.png",
+        "sd/constrained_alignment.py", "12", "contrast, threshold 1", "constrained.learned.contrast", 2, "", "", "1")
+    worst = spread(records("sd/and_composition"), "equal.adapters.worst_percent", 0)
+    add("Constrained Fig. 5, 6", "sd/and_composition", "sd/results/and_composition.png", "sd/and_composition.py", "4",
+        f"worst adapter, % of its gain (equal weights {worst})", "constrained.adapters.worst_percent", 0, "", "", "")
+    add("MSDDA", "sd/msdda", "sd/results/msdda.png", "sd/msdda.py", "9", "weighted reward of MSDDA with C_t",
+        "msdda_smc.all.weighted", 2, "", "", "")
     rest = records("dna/compare")[0]
     rest = {name: f"{rest[f'{name}.hepg2.held_out']['estimate']:.1f}" for name in ("das", "base")}
     add("DAV Fig. 5", "dna/compare", "dna/results/compare.png", "dna/compare.py", "40",
@@ -350,7 +385,7 @@ TABLES = {"gallery": gallery, "das": das_reference, "das methods": das_methods, 
           "or": or_reference, "alignment": alignment_reference, "msdda": msdda_reference, "dav": dav_reference,
           "baselines": baselines_reference, "compare": compare_reference, "dna base": dna_base,
           "dna das": dna_das, "dna exact": dna_exact, "dna compare": dna_compare, "sd das": sd_das,
-          "sd compare": sd_compare, "sd alignment": sd_alignment}
+          "sd compare": sd_compare, "sd alignment": sd_alignment, "sd and": sd_and, "sd msdda": sd_msdda}
 
 
 def fill(text):
