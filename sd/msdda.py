@@ -4,7 +4,7 @@ Paper: Zhang, Wang and Zou, "Step-level Denoising-time Diffusion Alignment with 
 arXiv 2604.14379. Its text was not at hand: symbols are reconstructed. toy/msdda.py derives and checks the merge, which
 acts here on LoRA adapters of one UNet; the figure is a Pareto front of two rewards, at equal calls of the UNet.
 
-Run    python sd/msdda.py                            miniature model, adapters of sd/adapters
+Run    python sd/msdda.py                            miniature model, adapters of sd/adapters      9 CPU minutes
        python sd/msdda.py --quick                    the same, coarse: shows nothing
        python sd/msdda.py --reward saturation clip             another pair of adapters
        python sd/msdda.py --weights 0.5,0.5 1,1                stronger than any adapter was tuned
@@ -30,7 +30,13 @@ the prediction is no conditional mean. Then log C_t = -sum_i w_i |mu_i - mu_w|^2
 on which the adapters agree. They make draws of the product of the path laws p_i(x_0, ..., x_T)^{w_i}; were an adapter
 p exp(r_i / kl_weight), that would be p exp(sum_i w_i r_i / kl_weight). Adapters of draft.py are that only roughly.
 
-What you should see is not measured yet at the default sizes, nor is RGG's GAMMA tuned for these rewards.
+What you should see (mean ± standard deviation over 3 seeds, reward in standard deviations of the base model, mean over
+the five weightings): MSDDA with C_t 0.56±0.05 and without 0.56±0.05; Rewarded Soup 0.60±0.05 and switching 0.59±0.04
+are as good within the error of 0.05, the soup of factors is behind by 0.15±0.06. The two adapters are so near each
+other that the weights do next to nothing (effective sample size 15.9 of 16), and log Z = -0.58±0.01 agrees with the
+estimate from paths of one adapter. RGG, which sees the rewards and their gradients, has 1.26±0.23, CoDe with 5
+candidates 0.12±0.05. The held-out CLIP score stays between 0.812 and 0.820; GAMMA of RGG was not tuned for these
+rewards.
 To try: --steps 20; --weights 1,1; --ess 0 (weights without resampling); --reward contrast clip.
 """
 import argparse

@@ -284,7 +284,8 @@ def sd_compare():
         r = rows.get(name)
         if r is None:
             return ""
-        return f"{r['estimate']:,.{digits}f}" + (f" ± {r['se']:,.{digits}f}" if r["se"] and digits else "")
+        text = f"{r['estimate']:,.{digits}f}" + (f" ± {r['se']:,.{digits}f}" if r["se"] and digits else "")
+        return text.replace("-0.00 ± 0.00", "0")
 
     for name, label in labels.items() if rows else ():
         keys = dict(gain=2, held_out=3, diversity_kept=2, kl=1, calls=0, image_calls=0, seconds=0)
