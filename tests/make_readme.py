@@ -365,7 +365,7 @@ def gallery():
         "EMD of DAS, gmm2", "das.gmm2.emd", 2, "", "", f"{records('toy/compare')[0]['target.gmm2.emd']['estimate']:.2f}")
     add("DAS Fig. 2", "sd/das", "sd/results/das.png", "sd/das.py", "7", "reward, base standard deviations",
         "das.all.gain", 2, "", "", spread(records("sd/das"), "reference.all.gain", 2))
-    add("DAS Fig. 2, DAV Fig. 2", "sd/compare", "sd/results/compare.png", "sd/compare.py", "80",
+    add("DAS Fig. 2, DAV Fig. 2", "sd/compare", "sd/results/compare.png", "sd/compare.py", "75",
         "reward of DAV posterior, base standard deviations", "dav_posterior.all.gain", 2, "", "", "")
     add("DAV Fig. 2 to 4", "sd/dav", "sd/results/dav.png", "sd/dav.py", "7", "reward of DAV", "dav.all.gain", 2, "", "", "")
     add("Constrained Fig. 3, 4", "sd/constrained_alignment", "sd/results/constrained_alignment.png",
