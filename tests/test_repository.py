@@ -198,7 +198,7 @@ def test_readme_starts_with_the_two_commands():
 
 
 def test_the_oldest_python_reads_every_file():
-    """The README names it; the tests were run there and with 3.11."""
+    """The README names it. By their grammar alone: the whole of the tests is run with 3.11."""
     assert "(Python 3.10 or newer;" in (REPOSITORY / "README.md").read_text()
     for path in REPOSITORY.glob("*/*.py"):
         ast.parse(path.read_text(), feature_version=(3, 10))
