@@ -41,7 +41,8 @@ constant to the reward changes nothing); of a local choice the M-step learns the
 
 What you should see (± is the standard deviation over 3 seeds, gains in standard deviations of the base model's reward):
        gain: search on the base model 1.32 ± 0.03, DAV 1.40 ± 0.08, DAV posterior 2.65 ± 0.03, DAV-KL 0.88 ± 0.05
-       (sd/das.py has 1.16 ± 0.11 for other prompts, 1.7 ± 0.4 for these); where the model learns its own paths, no search, 0.00 ± 0.12.
+       (sd/das.py has 1.16 ± 0.11 for other prompts, 1.7 ± 0.4 for these); where the model learns its own paths, no
+       search, 0.00 ± 0.12.
        Path KL, nats: DAV 40.8 ± 0.2, DAV-KL 11.7 ± 0.5, no search 19 ± 4, which is noise learnt for nothing.
        ELBO from the first round to the last, nats: DAV 5.7 ± 0.6 to 18.8 ± 2.1, no search -0.2 ± 2.7 to -1.6 ± 2.1.
        CLIP score that nobody optimised: base 0.808 ± 0.002, DAV-KL 0.787 ± 0.005, search 0.786 ± 0.005, DAV
