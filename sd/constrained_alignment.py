@@ -36,7 +36,7 @@ settle within some 25 rounds. `learned`: saturation 0.97±0.14 and contrast 0.99
 6.1±1.8; equal weights have 1.16±0.12 and 0.76±0.03, too much and too little. `several`: CLIP 0.95±0.11, saturation
 1.07±0.17, contrast 1.02±0.08, for 8.0±1.4 nats; equal weights 0.72±0.09, 1.96±0.40 and 1.22±0.14 for 10.0±2.3. On
 average thresholds are met within 5%; a single run misses its worst by 0 to 16% (equal weights 21 to 39%), since a round
-has 12 images. The dotted lines are the best of all models (row tilt): an adapter pays some three times its nats.
+has 12 images. The dotted lines are the best of all models (row tilt): an adapter pays two to four times its nats.
 To try: --dual ascent, the paper's: it circles; --problem learned --threshold 4 4: more than the base model's images do.
 """
 import argparse

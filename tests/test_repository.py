@@ -14,10 +14,9 @@ from conftest import REPOSITORY, load
 SCRIPTS = sorted(str(p.relative_to(REPOSITORY)) for d in ("toy", "sd", "dna") for p in (REPOSITORY / d).glob("*.py"))
 
 OWN = {"main", "parse_args"}  # names that every script defines for itself
-WORLD = {"make_problem", "run_methods", "measure", "draw_panels", "draw_duals", "dual_function",
-         "primal_dual", "diversity", "preset", "measures", "run_job", "job_results", "collect", "flags",
-         "recorded"}  # and names that may mean
-# another thing in each script
+WORLD = {"make_problem", "run_methods", "measure", "draw_panels", "draw_duals", "dual_function", "primal_dual",
+         "diversity", "preset", "measures", "run_job", "job_results", "collect", "flags", "recorded"}  # and names that
+# may mean another thing in each script
 
 FILES = {"common_parser", "device", "results_folder", "positive", "fail", "progress", "write_atomically", "row",
          "write_numbers", "print_table"}
