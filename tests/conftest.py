@@ -1,11 +1,15 @@
 """Scripts are tested by path: `python -m pytest tests --src DIR` grades the copy under DIR."""
 import importlib.util
 import json
+import os
 import pathlib
 import sys
 import types
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when a library is first imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same sums on a machine of any number of cores
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 SOURCE = REPOSITORY

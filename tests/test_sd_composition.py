@@ -22,7 +22,6 @@ STEPS, GUIDANCE, VAR = 6, 2.0, 0.6
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(SOURCE)
 
 
@@ -481,7 +480,6 @@ def adapters(tmp_path_factory):
     """Two adapters of draft.py, after a few updates, on rewards that are easy to raise -> their folders."""
     draft, folders = load("sd/draft.py"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.chdir(SOURCE)
         world = draft.load_world(draft.parse_args(TINY))
         for name in ("saturation", "contrast"):
@@ -508,7 +506,6 @@ def finished(adapters, tmp_path_factory):
     """A short run of each script -> {name: (folder of results, numbers, words)}."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.chdir(SOURCE)
         for name, script in both.items():
             out = tmp_path_factory.mktemp(name)

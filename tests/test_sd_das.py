@@ -24,7 +24,6 @@ TINY = "--groups 2 --particles 4 --steps 3 --reference 10 --prompts cat tiger".s
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(SOURCE)
 
 

@@ -21,7 +21,6 @@ TINY = "--prompts cat tiger --updates 2 --batch 4 --steps 3 --images 3 --childre
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(SOURCE)
 
 
@@ -496,7 +495,6 @@ def finished(tmp_path_factory):
     """A short run -> folder of results, numbers, its words."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(SOURCE)
-        patch.setenv("HF_HUB_OFFLINE", "1")
         out = tmp_path_factory.mktemp("out")
         words = [*TINY, "--out", str(out)]
         return out / "sd_dav", dav.main(dav.parse_args(words)), words

@@ -20,7 +20,6 @@ TINY = "--prompts tiger --images 4 --particles 2 --steps 5 --weights 0,1 0.4,0.6
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(SOURCE)
 
 

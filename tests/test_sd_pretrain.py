@@ -13,13 +13,6 @@ pre = load("sd/pretrain.py")
 MINI = SOURCE / "sd/mini"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
-
-
 @pytest.fixture(scope="module")
 def pipe():
     return pre.load_pipeline(MINI)

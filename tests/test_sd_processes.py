@@ -1,7 +1,7 @@
 """Every script of sd/ in two processes of `accelerate launch` and in one: the same numbers, written and told once.
 
 This file is also what the two processes run: `accelerate launch ... tests/test_sd_processes.py FOLDER`. They differ
-from one process in the last digits of float32 sums alone; training and weights of paths make that some 1e-4 of a value.
+from one process in the last digits of float32 sums alone; training and weights of paths make that up to 1e-3 of a value.
 """
 import json
 import os
@@ -14,7 +14,7 @@ import torch
 from conftest import SOURCE, load, planted
 
 F = torch.float64
-TOLERANCE = 1e-3  # of a value or of 0.1, whichever is more
+TOLERANCE = 3e-3  # of a value or of 0.1, whichever is more
 FLAGS = {  # sizes that two processes cannot share out evenly, and one script with calls in several slices
     "draft": "--prompts cat --steps 2 --images 3 --methods full_kl --back 1 --updates 2 --batch 3 --chunk 2",
     "ddpo": "--prompts cat --steps 2 --images 3 --methods ddpo_kl --updates 2 --batch 3 --per-prompt 3",
@@ -82,7 +82,7 @@ def launch(*words):
     """accelerate launch with two processes. On the CPU: its own flag --cpu starts one, or asks for MPI."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    env = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     return subprocess.Popen([*command, *words], cwd=SOURCE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True)
 
@@ -92,7 +92,6 @@ def found(tmp_path_factory):
     """What each of two processes found, what one did, and the folder that the first of the two wrote."""
     folder, alone = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.chdir(SOURCE)
         process = launch(str(pathlib.Path(__file__).resolve()), str(folder))
         one = {script: run(script, alone) for script in FLAGS}  # meanwhile

@@ -22,7 +22,6 @@ TINY = "--prompts cat tiger --updates 4 --batch 4 --steps 3 --images 3".split()
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(SOURCE)
 
 
