@@ -66,7 +66,7 @@ from torch.utils.checkpoint import checkpoint
 
 PRESETS = {  # what the size flags default to
     "quick": dict(updates=4, batch=4, steps=4, images=16),
-    "default": dict(updates=40, batch=12, steps=10, images=64),
+    "default": dict(updates=64, batch=12, steps=10, images=64),
     "paper": dict(updates=40, batch=64, steps=15, images=64),
 }
 THRESHOLDS = {"learned": {"saturation": 1.0, "contrast": 1.0}, "several": {"saturation": 1.0, "contrast": 1.0}}
@@ -375,10 +375,10 @@ def lagrangian_update(world, problem, args, fixed=None):
 def run_methods(world, problem, args, out):
     """The constrained adapter, then one with equal weights -> {method: measured images}, {method: trace}, {dual: ...}.
 
-    The multipliers are averages over the last quarter, as the adapter is. The equal weights have the same sum as the
+    The multipliers are averages over the last half, as the adapter is. The equal weights have the same sum as the
     multipliers and the objective have: what differs is how it is shared out.
     """
-    results, traces, late = {}, {}, args.updates * 3 // 4
+    results, traces, late = {}, {}, args.updates // 2
     for method in ("constrained", "equal"):
         fixed = None
         if method == "equal":
@@ -387,7 +387,7 @@ def run_methods(world, problem, args, out):
         start = torch.full((len(problem.thresholds),), args.dual_start, dtype=torch.float64, device=args.device)
         update = lagrangian_update(world, problem, args, fixed)
         traces[method] = train_adapter(f"{problem.name}_{method}", world, update, args, out,
-                                       dict(dual=start, memory=torch.zeros_like(start)))
+                                       dict(dual=start, memory=torch.zeros_like(start)), averaged=0.5)
         dual = {name: sum(point[f"dual_{name}"] for point in traces[method][late:]) / (args.updates - late)
                 for name in problem.thresholds} if fixed is None else dual
         save_adapter(world.unet, out / f"{problem.name}_{method}")
@@ -637,12 +637,12 @@ def gains(world, images, number):
     return {name: (value - world.level[name][number]) / world.spread[name] for name, value in raw.items()}
 
 
-def train_adapter(name, world, update, args, folder, state=None):
+def train_adapter(name, world, update, args, folder, state=None, averaged=0.25):
     """A fresh adapter trained by args.updates calls of update(rng, descend, state) -> trace, a list of dicts of floats.
 
     update leaves gradients and calls descend() for a step of Adam; state is a dict of tensors of its own. At the end
-    the adapter holds the average of its weights over the last quarter. Twenty times there is a checkpoint, with the
-    state of all that is random: --resume gives the same bytes as a run that was never interrupted.
+    the adapter holds the average of its weights over the last quarter, or the part `averaged`. Twenty times there is a
+    checkpoint, with the state of all that is random: --resume gives the same bytes as a run without interruption.
     """
     other = ("out", "resume", "methods", "problem", "images", "chunk", "device")
     settings = json.dumps([name, {key: value for key, value in vars(args).items() if key not in other}])
@@ -667,7 +667,7 @@ def train_adapter(name, world, update, args, folder, state=None):
         optimizer.step()
         optimizer.zero_grad()
 
-    late = args.updates * 3 // 4
+    late = int(args.updates * (1 - averaged))
     for step in range(first, args.updates):
         trace.append(update(rng, descend, state))
         if step >= late:
@@ -957,7 +957,7 @@ def join_processes():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     if processes()[1]:
-        silent = dict.fromkeys(("progress", "write_atomically", "print_table"), lambda *_: None)
+        silent = dict.fromkeys(("progress", "write_atomically", "write_numbers", "print_table"), lambda *_: None)
         globals().update(silent, fail=lambda _: sys.exit(2))
 
 
@@ -1050,6 +1050,7 @@ def write_numbers(path, args, rows, evaluations, seconds):
     record = dict(args=args, rows=rows, network_evaluations=evaluations, seconds=round(seconds, 1),
                   peak_memory_mb=round(peak), versions=dict(python=sys.version.split()[0], **versions))
     write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
+    print(f"results: {path.parent}", file=sys.stderr)
 
 
 def print_table(rows, problem, keys):

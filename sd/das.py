@@ -63,7 +63,7 @@ from torch.utils.checkpoint import checkpoint
 
 PRESETS = {  # what the size flags default to
     "quick": dict(groups=2, particles=4, steps=5, reference=16, rounds=2),
-    "default": dict(groups=4, particles=16, steps=20, reference=128, rounds=6),
+    "default": dict(groups=4, particles=16, steps=16, reference=128, rounds=6),
     "paper": dict(groups=8, particles=16, steps=100, reference=512, rounds=256),
 }
 SCHEMES = ("systematic", "stratified", "multinomial", "residual", "ssp")
@@ -77,7 +77,7 @@ def parse_args(argv=None):
     model_flags(parser, PROMPTS, [("clip", 1.0)])
     parser.add_argument("--groups", type=positive(int), help="images of each prompt")
     parser.add_argument("--particles", type=positive(int), help="particles of which one image is drawn")
-    parser.add_argument("--kl-weight", type=positive(float), default=0.5, help="reward temperature alpha")
+    parser.add_argument("--kl-weight", type=positive(float), default=0.6, help="reward temperature alpha")
     parser.add_argument("--eta", type=positive(float), default=1.0, help="noise of the DDIM kernel, at most 1 (DDPM)")
     parser.add_argument("--temper", choices=["schedule", "adaptive", "none"], default="schedule")
     parser.add_argument("--gamma", type=positive(float), default=0.008, help="growth of the temper in 1/100 of the run")
@@ -778,6 +778,12 @@ def diversity(w, unit):
     return (1 - (products.sum() - products.diagonal().sum()) / (groups * (groups - 1))).item()
 
 
+def target_diversity(w, unit):
+    """The same of two independent draws from the law that weights w (n,), sum 1, make of unit vectors (n, d)."""
+    w, unit = w.double(), unit.double()  # the pairs of an image with itself are 0, and left out
+    return ((1 - (w @ unit).square().sum()) / (1 - w @ w).clamp(min=1e-9)).item()
+
+
 def truncated_entropy(unit, count=20):
     """Entropy of the Gaussian with the largest `count` eigenvalues of the covariance of unit (n, d), nats (TCE)."""
     assert len(unit) > count, f"truncated entropy needs more than {count} samples"
@@ -804,7 +810,9 @@ def measure(world, args, results, rng):
             each |= dict(gain=out["reward"], clip_eval=unit @ world.judge_texts[number])
             for name, value in each.items():
                 values.setdefault(name, []).append((w * value.view_as(w)).sum(1))
-            if method != "reference":
+            if method == "reference":
+                spreads.append(target_diversity(w[0], unit))
+            else:
                 spreads.append(diversity(w, unit))
                 first = torch.arange(len(w), device=w.device) * w.shape[1]
                 index = first + torch.multinomial(w, 1, generator=rng)[:, 0]
@@ -817,13 +825,13 @@ def measure(world, args, results, rng):
                 errors = [tilted_mean_and_se(out["log_w"][0], out["reward"])[1] for out in outs]
                 se = math.hypot(*errors) / len(errors)
             rows.append(row(f"{method}.all.{name}", value.mean().item(), se))
+        rows.append(row(f"{method}.all.diversity", sum(spreads) / len(spreads)))
         if method == "reference":
             own = [log_mean_and_se(out["log_w"][0]) for out in outs]
             for prompt, (value, se), out in zip(args.prompts, own, outs):
                 rows.append(row(f"reference.{slug(prompt)}.log_z", value, se))
                 rows.append(row(f"reference.{slug(prompt)}.ess", effective_sample_size(out["log_w"]).item()))
             continue
-        rows.append(row(f"{method}.all.diversity", sum(spreads) / len(spreads)))
         if args.groups * len(outs) > 20:
             rows.append(row(f"{method}.all.entropy", truncated_entropy(torch.cat(drawn))))
         if method in ("importance", "das"):
@@ -924,7 +932,7 @@ def run_online(world, args, levels, scales, results, rng):
 
 TITLES = {"base": "base", "best_of_n": "best of {}", "guidance": "guidance", "das": "DAS"}  # a line of images each
 MARKS = {"base": ("#555555", "s"), "best_of_n": ("#009E73", "^"), "importance": ("#CC79A7", "v"),
-         "guidance": ("#E69F00", "D"), "das": ("#0072B2", "o")}
+         "guidance": ("#E69F00", "D"), "das": ("#0072B2", "o"), "reference": ("#D55E00", "*")}
 
 
 def draw_panels(path, args, rows, results):
@@ -945,13 +953,14 @@ def draw_panels(path, args, rows, results):
     for side in ax.spines.values():
         side.set_visible(False)
     left, middle, right = (figure.add_subplot(grid[1, k]) for k in range(3))
+    names = dict(TITLES, importance="importance", reference="target, by base images")
     for method, (color, mark) in MARKS.items():
         if method in results:
             gain = value[f"{method}.all.gain"]
             for ax, key in ((left, "clip_eval"), (middle, "diversity")):
                 other = value[f"{method}.all.{key}"]
                 ax.errorbar(gain[0], other[0], 2 * other[1], 2 * gain[1], marker=mark, color=color, capsize=2,
-                            label=TITLES.get(method, "importance").format(args.particles), linestyle="none")
+                            label=names[method].format(args.particles), linestyle="none")
     for ax, key in ((left, "CLIP score, the other model"), (middle, "diversity (1 - cosine)")):
         ax.set(xlabel="reward, base standard deviations", ylabel=key)
     left.legend(fontsize=7)
@@ -987,7 +996,7 @@ def join_processes():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     if processes()[1]:
-        silent = dict.fromkeys(("progress", "write_atomically", "print_table"), lambda *_: None)
+        silent = dict.fromkeys(("progress", "write_atomically", "write_numbers", "print_table"), lambda *_: None)
         globals().update(silent, fail=lambda _: sys.exit(2))
 
 
@@ -1071,6 +1080,7 @@ def write_numbers(path, args, rows, evaluations, seconds):
     record = dict(args=args, rows=rows, network_evaluations=evaluations, seconds=round(seconds, 1),
                   peak_memory_mb=round(peak), versions=dict(python=sys.version.split()[0], **versions))
     write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
+    print(f"results: {path.parent}", file=sys.stderr)
 
 
 def print_table(rows, problem, keys):

@@ -449,12 +449,12 @@ def gains(world, images, number):
     return {name: (value - world.level[name][number]) / world.spread[name] for name, value in raw.items()}
 
 
-def train_adapter(name, world, update, args, folder, state=None):
+def train_adapter(name, world, update, args, folder, state=None, averaged=0.25):
     """A fresh adapter trained by args.updates calls of update(rng, descend, state) -> trace, a list of dicts of floats.
 
     update leaves gradients and calls descend() for a step of Adam; state is a dict of tensors of its own. At the end
-    the adapter holds the average of its weights over the last quarter. Twenty times there is a checkpoint, with the
-    state of all that is random: --resume gives the same bytes as a run that was never interrupted.
+    the adapter holds the average of its weights over the last quarter, or the part `averaged`. Twenty times there is a
+    checkpoint, with the state of all that is random: --resume gives the same bytes as a run without interruption.
     """
     other = ("out", "resume", "methods", "problem", "images", "chunk", "device")
     settings = json.dumps([name, {key: value for key, value in vars(args).items() if key not in other}])
@@ -479,7 +479,7 @@ def train_adapter(name, world, update, args, folder, state=None):
         optimizer.step()
         optimizer.zero_grad()
 
-    late = args.updates * 3 // 4
+    late = int(args.updates * (1 - averaged))
     for step in range(first, args.updates):
         trace.append(update(rng, descend, state))
         if step >= late:
@@ -906,7 +906,7 @@ def join_processes():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     if processes()[1]:
-        silent = dict.fromkeys(("progress", "write_atomically", "print_table"), lambda *_: None)
+        silent = dict.fromkeys(("progress", "write_atomically", "write_numbers", "print_table"), lambda *_: None)
         globals().update(silent, fail=lambda _: sys.exit(2))
 
 
@@ -999,6 +999,7 @@ def write_numbers(path, args, rows, evaluations, seconds):
     record = dict(args=args, rows=rows, network_evaluations=evaluations, seconds=round(seconds, 1),
                   peak_memory_mb=round(peak), versions=dict(python=sys.version.split()[0], **versions))
     write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
+    print(f"results: {path.parent}", file=sys.stderr)
 
 
 def print_table(rows, problem, keys):

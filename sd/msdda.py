@@ -965,7 +965,7 @@ def join_processes():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     if processes()[1]:
-        silent = dict.fromkeys(("progress", "write_atomically", "print_table"), lambda *_: None)
+        silent = dict.fromkeys(("progress", "write_atomically", "write_numbers", "print_table"), lambda *_: None)
         globals().update(silent, fail=lambda _: sys.exit(2))
 
 
@@ -1058,6 +1058,7 @@ def write_numbers(path, args, rows, evaluations, seconds):
     record = dict(args=args, rows=rows, network_evaluations=evaluations, seconds=round(seconds, 1),
                   peak_memory_mb=round(peak), versions=dict(python=sys.version.split()[0], **versions))
     write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
+    print(f"results: {path.parent}", file=sys.stderr)
 
 
 def print_table(rows, problem, keys):

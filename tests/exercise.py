@@ -228,7 +228,10 @@ def main(argv=None):
     parser.add_argument("--bug", type=int, help="plant this bug instead of emptying the blocks")
     args = parser.parse_args(argv)
     if args.command == "make":
-        return make(args.out, args.student, args.bug)
+        make(args.out, args.student, args.bug)
+        return print(f"The exercises, and questions in answers.json: {args.out}\n"
+                     f"To grade them: python -m pytest tests --src {args.out}" if args.bug is None else
+                     f"A copy with bug {args.bug}: {args.out}")
     if not args.out.is_dir():
         fail(f"{args.out} is no folder.")
     found = changes(args.out)

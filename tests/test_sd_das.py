@@ -271,6 +271,15 @@ def test_diversity_is_the_mean_over_pairs_of_groups():
     assert das.diversity(w, unit) == pytest.approx(sum(pairs) / 6, abs=1e-6)
 
 
+def test_diversity_of_the_target_is_the_mean_over_pairs_of_images():
+    unit = torch.nn.functional.normalize(torch.randn(12, 5, generator=generator()), dim=1)
+    w = torch.rand(12, generator=generator(1)).pow(3)
+    weights = [(w[i] * w[j]).item() for i in range(12) for j in range(12) if i != j]
+    far = [(1 - unit[i] @ unit[j]).item() for i in range(12) for j in range(12) if i != j]
+    wanted = sum(a * b for a, b in zip(weights, far)) / sum(weights)
+    assert das.target_diversity(w / w.sum(), unit) == pytest.approx(wanted, abs=1e-6)
+
+
 def test_truncated_entropy_is_that_of_a_gaussian():
     x = torch.randn(4000, 6, generator=generator(), dtype=torch.float64) * torch.tensor([3.0, 2, 1, 0.5, 0.1, 0.1])
     exact = torch.distributions.Normal(0.0, torch.tensor([3.0, 2, 1, 0.5])).entropy().sum()

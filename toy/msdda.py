@@ -897,6 +897,7 @@ def write_numbers(path, args, rows, evaluations, seconds):
     record = dict(args=args, rows=rows, network_evaluations=evaluations, seconds=round(seconds, 1),
                   peak_memory_mb=round(peak), versions=dict(python=sys.version.split()[0], **versions))
     write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
+    print(f"results: {path.parent}", file=sys.stderr)
 
 
 def print_table(rows, problem, keys):
