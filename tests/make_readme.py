@@ -369,7 +369,7 @@ def gallery():
         "reward of DAV posterior, base standard deviations", "dav_posterior.all.gain", 2, "", "", "")
     add("DAV Fig. 2 to 4", "sd/dav", "sd/results/dav.png", "sd/dav.py", "7", "reward of DAV", "dav.all.gain", 2, "", "", "")
     add("Constrained Fig. 3, 4", "sd/constrained_alignment", "sd/results/constrained_alignment.png",
-        "sd/constrained_alignment.py", "12", "contrast, threshold 1", "constrained.learned.contrast", 2, "", "", "1")
+        "sd/constrained_alignment.py", "16", "contrast, threshold 1", "constrained.learned.contrast", 2, "", "", "1")
     worst = spread(records("sd/and_composition"), "equal.adapters.worst_percent", 0)
     add("Constrained Fig. 5, 6", "sd/and_composition", "sd/results/and_composition.png", "sd/and_composition.py", "4",
         f"worst adapter, % of its gain (equal weights {worst})", "constrained.adapters.worst_percent", 0, "", "", "")
