@@ -267,7 +267,8 @@ def dna_compare():
 def sd_das():
     runs, lines = records("sd/das"), []
     for method, label in dict(base="base", best_of_n="best of 16", importance="importance resampling",
-                              guidance="guidance", das="DAS").items():
+                              guidance="guidance", das="DAS",
+                              reference="target: 128 weighted base images a prompt").items():
         lines.append([label, *(spread(runs, f"{method}.all.{key}") for key in ("gain", "clip_eval", "diversity"))])
     return table(["method", "reward, base standard deviations", "CLIP score, the other model", "diversity"], lines)
 
@@ -363,7 +364,7 @@ def gallery():
     add("DAV, in 2D", "toy/dav", "toy/results/dav.png", "toy/dav.py", "3", "E[r], 8 rounds", "dav.equal.mean_reward")
     add("DAS Fig. 1, DAV Fig. 2", "toy/compare", "toy/results/compare.png", "toy/compare.py", "7",
         "EMD of DAS, gmm2", "das.gmm2.emd", 2, "", "", f"{records('toy/compare')[0]['target.gmm2.emd']['estimate']:.2f}")
-    add("DAS Fig. 2", "sd/das", "sd/results/das.png", "sd/das.py", "7", "reward, base standard deviations",
+    add("DAS Fig. 2", "sd/das", "sd/results/das.png", "sd/das.py", "4", "reward, base standard deviations",
         "das.all.gain", 2, "", "", spread(records("sd/das"), "reference.all.gain", 2))
     add("DAS Fig. 2, DAV Fig. 2", "sd/compare", "sd/results/compare.png", "sd/compare.py", "75",
         "reward of DAV posterior, base standard deviations", "dav_posterior.all.gain", 2, "", "", "")
