@@ -31,14 +31,16 @@ Algorithm
        `equal` has the loss of `kl` and equal weights; `elbo` is left out by default. For models that share no image,
        log m nats are enough, the KL from their mixture.
 
-What you should see (seed 0). Adapters: with equal weights the one adapter is 1.3, 1.3 and 2.7 nats from `saturation`,
-`contrast` and `clip`, with the constrained ones, 0.24, 0.27 and 0.49, 1.9, 1.8 and 1.9: the two that pull the same way
-share half of the weight. That is near the centre of the smallest ball around the adapters, and not log 3 = 1.1, the
-bound of a mixture: by eye and by CLIP the adapters can hardly be told apart. Prompts: cat, butterfly and fish can, and
-their KLs fall from 557, 826 and 672 nats to 232, 280 and 258, by constrained weights to 275, 257 and 265: even, but
-hundreds of nats above log 3. The adapter is small and its training brief: three times the step leaves 185, 252 and 197.
-So far off, the multipliers do not rule the shares: 25 of 32 images are taken for butterflies, at a weight of 0.53.
-To try: --problem prompts --methods equal --lr 6e-3: three times the step; are the shares more even?
+What you should see (mean ± standard deviation over 3 seeds). Adapters: with equal weights the one adapter is 1.1±0.2,
+1.2±0.1 and 2.8±0.1 nats from `saturation`, `contrast` and `clip`, with the constrained ones, 0.23, 0.28 and 0.48 (each
+± 0.04), 1.7±0.3, 1.7±0.1 and 2.0±0.1: the two that pull the same way share half of the weight. That is near the centre
+of the smallest ball around the adapters, and not log 3 = 1.1, the bound of a mixture: by eye and by CLIP the adapters can
+hardly be told apart. Prompts: cat, butterfly and fish can, and their KLs fall from 562±4, 842±31 and 669±5 nats to
+224±7, 296±25 and 252±5, by constrained weights to 272±18, 275±30 and 251±12: even on average, but hundreds of nats above
+log 3, and the worst of a run hardly changes (-5 to +2%). The training is brief: three times the steps, three times as
+large, leave 162, 189 and 172 (seed 0). So far off, multipliers do not rule the shares: 73±7% of the images are taken for
+butterflies, at a weight of 0.49±0.04.
+To try: --problem prompts --updates 72 --lr 6e-3: nearer, but are the shares more even?
 """
 import argparse
 import importlib.metadata

@@ -325,6 +325,20 @@ def sd_and():
                   "of contrast", "of CLIP", "bound D(λ)"], lines)
 
 
+def sd_or():
+    runs, lines = records("sd/or_composition"), []
+    for problem, models, digits in (("adapters", ("saturation", "contrast", "clip"), 1),
+                                    ("prompts", ("cat", "butterfly", "fish"), 0)):
+        for method, label in dict(base="base model", equal="equal weights", kl="constrained").items() if runs else ():
+            name = f"{method}.{problem}"
+            cells = [", ".join(spread(runs, f"{name}.{key}_{model}", n) for model in models)
+                     if f"{name}.{key}_{models[0]}" in runs[0] else ""
+                     for key, n in (("kl", digits), ("dual", 2), ("share", 2))]
+            lines.append([f"{problem}: {', '.join(models)}", label, *cells, spread(runs, f"{name}.worst_kl", digits)])
+    return table(["models", "weights", "KLs of the paths, nats", "multipliers", "shares of the images", "largest KL"],
+                 lines)
+
+
 def sd_msdda():
     runs, lines = records("sd/msdda"), []
     labels = dict(msdda_smc="MSDDA with C_t", msdda="MSDDA (here the blend of noise predictions)", soup="Rewarded Soup",
@@ -374,6 +388,9 @@ def gallery():
     worst = spread(records("sd/and_composition"), "equal.adapters.worst_percent", 0)
     add("Constrained Fig. 5, 6", "sd/and_composition", "sd/results/and_composition.png", "sd/and_composition.py", "4",
         f"worst adapter, % of its gain (equal weights {worst})", "constrained.adapters.worst_percent", 0, "", "", "")
+    base = spread(records("sd/or_composition"), "equal.adapters.worst_kl", 1)
+    add("Constrained Fig. 2", "sd/or_composition", "sd/results/or_composition.png", "sd/or_composition.py", "3",
+        f"largest KL of adapters (equal weights {base})", "kl.adapters.worst_kl", 1, "", "", "")
     add("MSDDA", "sd/msdda", "sd/results/msdda.png", "sd/msdda.py", "9", "weighted reward of MSDDA with C_t",
         "msdda_smc.all.weighted", 2, "", "", "")
     rest = records("dna/compare")[0]
@@ -387,7 +404,7 @@ TABLES = {"gallery": gallery, "das": das_reference, "das methods": das_methods, 
           "or": or_reference, "alignment": alignment_reference, "msdda": msdda_reference, "dav": dav_reference,
           "baselines": baselines_reference, "compare": compare_reference, "dna base": dna_base,
           "dna das": dna_das, "dna exact": dna_exact, "dna compare": dna_compare, "sd das": sd_das,
-          "sd compare": sd_compare, "sd alignment": sd_alignment, "sd and": sd_and, "sd msdda": sd_msdda}
+          "sd compare": sd_compare, "sd alignment": sd_alignment, "sd and": sd_and, "sd or": sd_or, "sd msdda": sd_msdda}
 
 
 def fill(text):
