@@ -3,7 +3,7 @@
 Papers: the counterparts of Kim et al. (DAS), arXiv 2501.05803, Fig. 2, and Lee et al. (DAV), arXiv 2510.00502, Fig. 2.
 The reward is the score of one small CLIP model; the other one, trained on other drawings, only measures.
 
-Run    python sd/compare.py                  runs das, dav, draft and ddpo with three seeds    75 CPU minutes, by parts
+Run    python sd/compare.py                  runs das, dav, draft and ddpo with three seeds    80 CPU minutes, by parts
        python sd/compare.py --quick          one seed, coarse                                  90 CPU seconds
 
 A run of a method that stands under out/seed<k> with the same flags is read and not repeated, so that an interrupted
@@ -18,14 +18,14 @@ Table     gain: the reward above the base model's, in its standard deviations wi
           of the base model's; kl: nats of the whole sampling paths, of tuned models; calls: of the UNet to train;
           image_calls: of the UNet for one image afterwards; seconds: CPU time of one core for the training
 
-What you should see (mean ± standard deviation over three seeds): DAV posterior gains 2.65±0.03, then come best of 16
-with 2.07±0.18, importance resampling 1.73±0.19, DAS 1.69±0.37, DAV 1.40±0.09 and DAV-KL 0.88±0.05: as in the paper the
-posterior leads, unlike there the tuned model alone is behind DAS, after 8 rounds of 24 images (--paper: 100 of 64).
+What you should see (mean ± standard deviation over three seeds): DAV posterior gains 3.12±0.02, then come best of 16
+with 2.07±0.18, DAV 1.98±0.07, DAS 1.86±0.46, importance resampling 1.64±0.19 and DAV-KL 1.10±0.05. As in the paper the
+posterior leads; DAV and DAS are within the spread of DAS, after 12 rounds of 24 images (--paper: 100 of 64).
 What is trained without KL gains most, 2.3 (DDPO) to 3.4 (DRaFT), and loses most of the other CLIP model's score, 0.06
-to 0.11 of 0.81. At one gain, what searches loses less than what trains: best of 16 0.02, DAV posterior 0.04, DDPO 0.06.
-Also the target of DAS itself loses 0.03. Diversity says little here: off the base model's images two images of a prompt
-differ more (1.1 to 1.5), before they collapse (DRaFT 0.75±0.41). With KL, DRaFT pays 16 nats for 1.6 standard
-deviations, DAV-KL 12 for 0.9 and DDPO 53 for 0.9.
+to 0.11 of 0.81. At one gain, what searches loses less than what trains: best of 16 0.02, DAV 0.04, DDPO 0.06, and at
+3.1 DAV posterior 0.06, DRaFT 0.10. Also the target of DAS itself loses 0.03. Diversity says little here: off the base
+model's images two images of a prompt differ more (1.1 to 1.5), before they collapse (DRaFT 0.75±0.41). With KL, DRaFT
+pays 16 nats for 1.6 standard deviations, DAV-KL 15 for 1.1 and DDPO 53 for 0.9.
 To try: --seeds 1 after changing a default in dav.py: only that script runs again.
 """
 import json
@@ -51,8 +51,8 @@ SETS = {  # row of the table: script, its name for it, title
     "dav_posterior": ("dav", "posterior", "DAV posterior"),
 }
 PLACES = {  # of titles that would stand on others: points to the right, up, alignment
-    "search": (0, 6, "center"), "dav_kl": (-5, -3, "right"), "importance": (5, -8, "left"), "das": (5, -9, "left"),
-    "draft_kl": (0, -13, "center"), "dav": (-5, -4, "right"),
+    "search": (0, 6, "center"), "dav_kl": (-5, -3, "right"), "importance": (5, -8, "left"), "das": (-2, -14, "center"),
+    "draft_kl": (0, -13, "center"), "dav": (6, -4, "left"),
 }
 COLORS = {"das": "#000000", "dav": "#0072B2", "draft": "#CC79A7", "ddpo": "#E69F00"}
 

@@ -379,9 +379,9 @@ def gallery():
         "EMD of DAS, gmm2", "das.gmm2.emd", 2, "", "", f"{records('toy/compare')[0]['target.gmm2.emd']['estimate']:.2f}")
     add("DAS Fig. 2", "sd/das", "sd/results/das.png", "sd/das.py", "4", "reward, base standard deviations",
         "das.all.gain", 2, "", "", spread(records("sd/das"), "reference.all.gain", 2))
-    add("DAS Fig. 2, DAV Fig. 2", "sd/compare", "sd/results/compare.png", "sd/compare.py", "75",
+    add("DAS Fig. 2, DAV Fig. 2", "sd/compare", "sd/results/compare.png", "sd/compare.py", "80",
         "reward of DAV posterior, base standard deviations", "dav_posterior.all.gain", 2, "", "", "")
-    add("DAV Fig. 2 to 4", "sd/dav", "sd/results/dav.png", "sd/dav.py", "7", "reward of DAV", "dav.all.gain", 2, "", "", "")
+    add("DAV Fig. 2 to 4", "sd/dav", "sd/results/dav.png", "sd/dav.py", "9", "reward of DAV", "dav.all.gain", 2, "", "", "")
     add("Constrained Fig. 3, 4", "sd/constrained_alignment", "sd/results/constrained_alignment.png",
         "sd/constrained_alignment.py", "16", "contrast, threshold 1", "constrained.learned.contrast", 2, "", "", "1")
     worst = spread(records("sd/and_composition"), "equal.adapters.worst_percent", 0)
