@@ -19,7 +19,7 @@ Table     gain: the reward above the base model's, in its standard deviations wi
           image_calls: of the UNet for one image afterwards; seconds: CPU time of one core for the training
 
 What you should see (mean ± standard deviation over three seeds): DAV posterior gains 3.12±0.02, then come best of 16
-with 2.07±0.18, DAV 1.98±0.07, DAS 1.86±0.46, importance resampling 1.64±0.19 and DAV-KL 1.10±0.05. As in the paper the
+with 2.06±0.18, DAV 1.97±0.07, DAS 1.86±0.46, importance resampling 1.63±0.19 and DAV-KL 1.10±0.05. As in the paper the
 posterior leads; DAV and DAS are within the spread of DAS, after 12 rounds of 24 images (--paper: 100 of 64).
 What is trained without KL gains most, 2.3 (DDPO) to 3.4 (DRaFT), and loses most of the other CLIP model's score, 0.06
 to 0.11 of 0.81. At one gain, what searches loses less than what trains: best of 16 0.02, DAV 0.04, DDPO 0.06, and at

@@ -40,7 +40,7 @@ What differs from the paper: log ratios are sums over the latent, weights decide
 constant to the reward changes nothing); of a local choice the M-step learns the mean over the children, not one draw.
 
 What you should see (± is the standard deviation over 3 seeds, gains in standard deviations of the base model's reward):
-       gain: search on the base model 1.32 ± 0.03, DAV 1.98 ± 0.07, DAV posterior 3.12 ± 0.02, DAV-KL 1.10 ± 0.05
+       gain: search on the base model 1.32 ± 0.03, DAV 1.97 ± 0.07, DAV posterior 3.12 ± 0.02, DAV-KL 1.10 ± 0.05
        (sd/das.py has 1.02 ± 0.04 for other prompts, 1.9 ± 0.5 for these); where the model learns its own paths, no
        search, 0.00 ± 0.08.
        Path KL, nats: DAV 83.6 ± 1.2, DAV-KL 15.3 ± 0.2, no search 27 ± 2, which is noise learnt for nothing.
