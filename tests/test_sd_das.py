@@ -327,7 +327,7 @@ def test_same_seed_same_bytes(tmp_path):
 def test_several_rewards_without_gradient_and_the_black_box(tmp_path):
     numbers = run_main(tmp_path, "--reward", "jpeg=-0.5", "saturation", "--online", "ucb", "--rounds", "1")
     assert "guidance.all.gain" not in numbers and {"das.all.jpeg", "das.all.saturation"} <= set(numbers)
-    assert numbers["online.round_001.queries"] == 4 and -3 < numbers["base.all.jpeg"] < -0.3
+    assert numbers["round_001.online.queries"] == 4 and -3 < numbers["base.all.jpeg"] < -0.3
 
 
 def test_chunks_on_the_miniature():
