@@ -294,7 +294,9 @@ def test_quick_run(tmp_path, capsys):
              for folder in (tmp_path / "sd_pretrain/mini", MINI)]
     assert files[0] == files[1]
     for name in [name for name in files[0] if name.endswith("/config.json") and not name.startswith("vae")]:
-        assert (tmp_path / "sd_pretrain/mini" / name).read_text() == (MINI / name).read_text()
+        made, shipped = (json.loads((folder / name).read_text()) for folder in (tmp_path / "sd_pretrain/mini", MINI))
+        for key, value in shipped.items():  # a newer library may write more
+            assert key.endswith("version") or made[key] == value, f"{name}: {key}"
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
