@@ -21,11 +21,11 @@ Table     gain: the reward above the base model's, in its standard deviations wi
 What you should see (mean ± standard deviation over three seeds): DAV posterior gains 3.12±0.02, then come best of 16
 with 2.06±0.18, DAV 1.97±0.07, DAS 1.86±0.46, importance resampling 1.63±0.19 and DAV-KL 1.10±0.05. As in the paper the
 posterior leads; DAV and DAS are within the spread of DAS, after 12 rounds of 24 images (--paper: 100 of 64).
-What is trained without KL gains most, 2.3 (DDPO) to 3.4 (DRaFT), and loses most of the other CLIP model's score, 0.06
-to 0.11 of 0.81. At one gain, what searches loses less than what trains: best of 16 0.02, DAV 0.04, DDPO 0.06, and at
-3.1 DAV posterior 0.06, DRaFT 0.10. Also the target of DAS itself loses 0.03. Diversity says little here: off the base
-model's images two images of a prompt differ more (1.1 to 1.5), before they collapse (DRaFT 0.75±0.41). With KL, DRaFT
-pays 16 nats for 1.6 standard deviations, DAV-KL 15 for 1.1 and DDPO 53 for 0.9.
+The more is gained, the more of the other CLIP model's score is lost, to 0.11 of 0.81 (DRaFT, 3.4). Around a gain of 2 no
+method is better beyond the spread: best of 16 loses 0.02±0.02, DAS and DAV 0.04±0.01, DDPO 0.06±0.05. Around 3 it is
+DAV posterior, with 0.06±0.03, where DRaFT loses 0.09±0.02 to 0.11±0.06. Diversity says little here: off the base model's
+images two images of a prompt differ more (1.1 to 1.5), before they collapse (DRaFT 0.75±0.41). With KL, DRaFT pays 16
+nats for 1.6 standard deviations, DAV-KL 15 for 1.1 and DDPO 53 for 0.9.
 To try: --seeds 1 after changing a default in dav.py: only that script runs again.
 """
 import json

@@ -31,13 +31,14 @@ Algorithm (Algorithm 1 of the paper, by back-propagation through the sampler)
        4. repeat; what is returned are averages over the last half, of adapter and multipliers        `train_adapter`
        `equal` gives every reward the same weight, as a penalty method does, of the same sum.
 
-What you should see (mean ± standard deviation over 3 seeds, thresholds all 1): the multipliers overshoot, turn back and
-settle within some 25 rounds. `learned`: saturation 1.03±0.04 and contrast 1.05±0.03, by multipliers of 1.8±0.5 and
-6.0±1.7; equal weights have 1.21±0.22 and 0.77±0.05, too much and too little. `several`: CLIP 1.01±0.11, saturation
-1.04±0.04, contrast 1.08±0.04, for 7.8±0.7 nats; equal weights 0.71±0.06, 1.98±0.14 and 1.18±0.05 for 9.2±1.2. Five of
-the six runs meet every threshold within 2%, the sixth misses CLIP by 11% (± 5); equal weights miss one by 18 to 35%.
+What you should see (mean ± standard deviation over 3 seeds, thresholds all 1): the multipliers overshoot, turn back
+within some 15 rounds, and wander from then on, as a round has 12 images. `learned`: saturation 1.03±0.04 and contrast
+1.05±0.03, by multipliers of 1.8±0.5 and 6.0±1.7; equal weights have 1.21±0.22 and 0.77±0.05, too much and too little.
+`several`: CLIP 1.01±0.11, saturation 1.04±0.04, contrast 1.08±0.04, for 7.8±0.7 nats; equal weights 0.71±0.06,
+1.98±0.14 and 1.18±0.05 for 9.2±1.2. Five of the six runs meet every threshold within 2%, the sixth misses CLIP by 11%
+(± 5); equal weights miss one by 18 to 35%.
 The dotted lines are the best of all models (row tilt): an adapter pays two to five times its nats.
-To try: --dual ascent, the paper's: it circles; --problem learned --threshold 4 4: more than the base model's images do.
+To try: --dual ascent, the paper's: wider swings; --problem learned --threshold 4 4: more than the base model's images do.
 """
 import argparse
 import importlib.metadata

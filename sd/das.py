@@ -30,7 +30,7 @@ Algorithm (`das`; the particles of a group interact and give one image, groups a
        6. the last twist is the reward of x_0 itself: exact in the limit of many particles
 
 What you should see (± is the standard deviation over 3 seeds): DAS raises the reward by 1.02 ± 0.04 standard deviations
-of the base model's, guidance alone by 0.30 ± 0.04, importance resampling by 0.99 ± 0.09; the target has 1.10 ± 0.02, and
+of the base model's, guidance alone by 0.30 ± 0.04, importance resampling by 0.99 ± 0.09; the target has 1.09 ± 0.02, and
 best of 16 goes beyond it, 1.50 ± 0.10. The CLIP score that nobody optimised stays, 0.811 ± 0.003 against 0.802 ± 0.003.
 Diversity is 89 ± 4% of the base model's, where the target itself has 87 ± 1%: it prefers some of the images.
 log Z agrees with that of 128 base images within 2 standard errors in 23 of 24 prompts and seeds, the last one misses by

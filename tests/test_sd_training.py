@@ -494,6 +494,34 @@ def test_short_runs(name, finished):
     assert numbers[kl[name]] > 0
 
 
+@pytest.mark.parametrize("averaged, first", [(0.25, 3), (0.5, 2)])
+def test_the_adapter_is_the_average_of_the_last_updates(averaged, first, tmp_path):
+    args = draft.parse_args([*TINY, "--updates", "5"])
+    world, seen = draft.load_world(args), []
+
+    def update(rng, descend, state):
+        weights = {name: value for name, value in world.unet.named_parameters() if "lora_" in name}
+        for value in weights.values():
+            value.grad = torch.randn(value.shape, generator=rng)
+        descend()
+        seen.append({name: value.detach().clone() for name, value in weights.items()})
+        return {}
+
+    draft.train_adapter("adapter", world, update, args, tmp_path, averaged=averaged)
+    for name, value in world.unet.named_parameters():
+        if "lora_" in name:
+            mean = torch.stack([weights[name] for weights in seen[first:]]).mean(0)
+            torch.testing.assert_close(value.detach(), mean, rtol=0, atol=1e-6)  # a step is 1e-3
+
+
+def test_the_multipliers_are_averaged_as_the_adapter_is(finished):
+    folder, numbers, _ = finished["constrained_alignment"]
+    trace = torch.load(folder / "learned_constrained.pt", weights_only=True)["trace"]
+    for name in ("saturation", "contrast"):
+        late = [point[f"dual_{name}"] for point in trace[len(trace) // 2 :]]
+        assert numbers[f"constrained.learned.dual_{name}"] == pytest.approx(sum(late) / len(late), rel=1e-9)
+
+
 @pytest.mark.parametrize("name, method", [("draft", "truncated_kl"), ("ddpo", "ddpo_kl"),
                                           ("constrained_alignment", "learned_equal")])
 def test_plain_diffusers_loads_the_adapters(name, method, finished):
