@@ -585,7 +585,8 @@ def draw_panels(path, problems, rows, results, rng):
     """A line of panels a problem, contours of the exact target on each (a roll is shown from above)."""
     value = {r["name"]: r["estimate"] for r in rows}
     size = (len(problems), len(TITLES))
-    figure, axes = plt.subplots(*size, figsize=(2.2 * size[1], 2.5 * size[0]), squeeze=False)
+    figure, axes = plt.subplots(*size, figsize=(2.2 * size[1], 2.5 * size[0] + 0.1), squeeze=False,
+                                layout="constrained")
     for line, problem in zip(axes, problems):
         span = torch.linspace(-9, 9, 181) if problem.name == "swiss_roll" else torch.linspace(-6.5, 6.5, 181)
         flat = GaussianMixture(problem.target.weights, problem.target.means[:, :2], problem.target.covs[:, :2, :2])
@@ -601,7 +602,6 @@ def draw_panels(path, problems, rows, results, rng):
             ax.set_title(f"{title}\nE[r] {numbers[0]:.2f}   EMD {numbers[1]:.2f}", fontsize=9)
             ax.set(xticks=[], yticks=[], aspect="equal", xlim=(span[0], span[-1]), ylim=(span[0], span[-1]))
         line[0].set_ylabel(problem.name)
-    figure.tight_layout()
     save_figure(figure, path)
 
 
