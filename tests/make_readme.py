@@ -40,159 +40,38 @@ def table(header, lines):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def das_reference():
-    """Official column: the official notebooks run with four sampling seeds (mode L1: one)."""
-    runs = records("toy/das")
-    official = {"gmm.emd": "0.54 to 0.62", "gmm2.emd": "0.98 to 1.16", "gmm.mode_l1": "0.27", "gmm2.mode_l1": "0.27",
-                "gmm.mean_reward": "-0.29 to -0.24", "gmm2.mean_reward": "-1.45 to -1.42"}
-    paper = {"gmm.emd": "0.82", "gmm.mean_reward": "-0.22"}
-    lines = []
-    for key, label in dict(emd="EMD", mode_l1="mode L1", mean_reward="E[r]", log_z="log Z").items():
-        for problem in ("gmm", "gmm2"):
-            name = f"{problem}.{key}"
-            if key in ("mean_reward", "log_z"):
-                truth = f"{exact(runs, f'das.{name}')}; at 100 steps {spread(runs, f'reference.{name}')}"
-            else:
-                truth = f"{spread(runs, f'target.{name}')} (exact samples)"
-            lines.append([f"{problem} {label}", spread(runs, f"das.{name}"), official.get(name, ""),
-                          paper.get(name, ""), truth])
-    return table(["DAS", "ours", "official code", "paper", "exact"], lines)
+def tidy(script):
+    """{(problem, method, quantity): [row of each recorded seed]} of a script of toy/."""
+    folder, name = script.split("/")
+    found = {}
+    for path in sorted((REPOSITORY / folder / "results").glob(f"{name}_seed*.json")):
+        for r in json.loads(path.read_text())["rows"]:
+            found.setdefault((r["problem"], r["method"], r["quantity"]), []).append(r)
+    return found
 
 
-def das_methods():
-    runs, lines = records("toy/das"), []
-    for problem in ("gmm", "gmm2"):
-        for method, label in dict(pretrained="pretrained", target="exact samples", guidance="guidance, 1 particle",
-                                  importance="importance resampling", bootstrap="bootstrap SMC", das="DAS").items():
-            keys = ("mean_reward", "emd_at_1e5", "emd_at_1e6", "emd", "mode_l1", "network_evaluations")
-            lines.append([problem, label, *(spread(runs, f"{method}.{problem}.{k}") for k in keys)])
-    header = ["problem", "method", "E[r]", "EMD, 1e5 evaluations", "1e6", "all", "mode L1", "evaluations"]
-    return table(header, lines)
+def over_seeds(rows, digits, key="estimate"):
+    """mean +- standard deviation over the seeds, as text."""
+    values = [r[key] for r in rows if r[key] is not None]
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}".replace("-0.000", "0.000")
 
 
-def and_reference():
-    """Official column: means and sqrt of the determinant of the covariance of the notebook's stored samples."""
-    runs, lines = records("toy/and_composition"), []
-    official = {"primal_dual.paper.mean_x": "-0.002", "primal_dual.paper.var_x": "0.27 (both axes)"}
-    for method, label in dict(equal="equal weights", dual_only="Algorithm 3, summed score", corrected="SMC and entropies",
-                              primal_dual="Algorithm 2, network").items():
-        for problem in ("paper", "pair"):
-            keys = ("dual_1", "worst_kl", "mean_x", "var_x")
-            lines.append([problem, label, *(spread(runs, f"{method}.{problem}.{key}") for key in keys)])
-            if official and method == "primal_dual" and problem == "paper":
-                lines.append([problem, "Algorithm 2, official notebook", "", "",
-                              *(official[f"primal_dual.paper.{key}"] for key in ("mean_x", "var_x"))])
-    for problem in ("paper", "pair"):
-        keys = ("dual_1", "worst_kl", "mean_x", "var_x")
-        lines.append([problem, "exact", *(exact(runs, f"corrected.{problem}.{key}") for key in keys)])
-    return table(["problem", "method", "multiplier 1", "worst KL", "mean x", "variance x"], lines)
-
-
-def and_samplers():
-    runs, lines = records("toy/and_composition"), []
-    for sampler, label in dict(target="exact samples", ddim="DDIM on summed scores", langevin="annealed Langevin",
-                               mala="annealed MALA", smc="SMC").items():
-        keys = ("mean_x", "var_x", "emd")
-        lines.append([label, *(spread(runs, f"{sampler}.pair_samplers.{key}") for key in keys)])
-    lines.append(["exact", *(exact(runs, f"smc.pair_samplers.{key}") for key in ("mean_x", "var_x")), ""])
-    return table(["sampler of `pair`, 500 calls of each model", "mean x", "variance x", "EMD"], lines)
-
-
-def or_reference():
-    """Official column: the notebook's fitted mixtures; its multipliers are not stored."""
-    runs, lines = records("toy/or_composition"), []
-    for problem in ("paper", "overlap"):
-        for objective in ("elbo", "kl"):
-            keys = ("dual_1", "dual_2", "variance")
-            lines.append([problem, objective, *(spread(runs, f"{objective}.{problem}.{key}") for key in keys)])
-            lines.append([problem, f"{objective}, exact", *(exact(runs, f"{objective}.{problem}.{key}") for key in keys)])
-    lines.insert(2, ["paper", "elbo, official notebook", "", "", "0.07 to 0.10"])
-    return table(["problem", "objective", "weight 1", "weight 2", "variance within modes"], lines)
-
-
-def alignment_reference():
-    runs, lines = records("toy/constrained_alignment"), []
-    for problem in ("linear", "competing", "inactive", "bump", "objective", "combined"):
-        names = [n for n in runs[0] if n.startswith(f"constrained.{problem}.dual_")]
-        for name in names:
-            i = name.rsplit("_", 1)[1]
-            lines.append([problem, i, spread(runs, f"threshold.{problem}.reward_{i}", 2).split(" ")[0],
-                          spread(runs, f"equal.{problem}.reward_{i}"), spread(runs, f"constrained.{problem}.reward_{i}"),
-                          spread(runs, f"dual_only.{problem}.dual_{i}"), spread(runs, name), exact(runs, name),
-                          *([spread(runs, f"constrained.{problem}.kl_1"), exact(runs, f"constrained.{problem}.kl_1")]
-                            if i == "1" else ["", ""])])
-    return table(["problem", "reward", "threshold", "E[r], equal weights", "E[r], constrained", "multiplier, exact tilt",
-                  "multiplier, network", "exact", "KL", "exact"], lines)
-
-
-def msdda_reference():
-    """Sliced W2 at weights (1/2, 1/2) and averaged over all weights, as multiples of the floor's."""
-    runs, lines = records("toy/msdda"), []
-    labels = dict(target="exact samples", oracle="tuned for each weight", msdda_smc="MSDDA with C_t", msdda="MSDDA",
-                  blend="blend of noise predictions", switch="switching", rgg="reward gradients (RGG)",
-                  code="best of 20 by blocks (CoDe)", soup="Rewarded Soup", soup_factor="soup of LoRA factors")
-    for method, label in labels.items():
-        cells = [spread(runs, f"{method}.{score}.sw2_w50_50") for score in ("exact", "mlp")]
-        lines.append([label, *cells, spread(runs, f"{method}.mlp.reward_1_w50_50"),
-                      spread(runs, f"{method}.mlp.reward_2_w50_50"), spread(runs, f"{method}.mlp.network_evaluations")])
-    lines.append(["exact", "0", "0", *(exact(runs, f"target.mlp.reward_{i}_w50_50") for i in (1, 2)), ""])
-    return table(["method, weights (1/2, 1/2)", "sliced W2, exact scores", "networks", "E[r1], networks", "E[r2]",
-                  "evaluations, all weights"], lines)
-
-
-def dav_reference():
-    runs, lines = records("toy/dav"), []
-    labels = dict(pretrained="pretrained", dav="DAV, 8 rounds", posterior="DAV posterior", dav_kl="DAV-KL, 8 rounds")
-    for problem in ("equal", "unequal"):
-        for method, label in labels.items():
-            name = f"{method}.{problem}"
-            lines.append([problem, label, spread(runs, f"{name}.mean_reward"), exact(runs, f"{name}.mean_reward"),
-                          spread(runs, f"{name}.mode_error"), spread(runs, f"{name}.spread"),
-                          exact(runs, f"{name}.spread"), spread(runs, f"{name}.emd"),
-                          spread(runs, f"{name}.emd_floor")])
-    return table(["reward", "method", "E[r]", "exact", "largest error of a mode's mass", "spread", "exact", "EMD",
-                  "floor"], lines)
-
-
-def baselines_reference():
-    lines = []
-    labels = {"toy/guidance": dict(guidance_published="guidance, published form", guidance_scaled="guidance, scaled",
-                                   guidance_tempered="guidance, tempered", guidance_tuned="guidance, tuned"),
-              "toy/ddpo": dict(ddpo="DDPO with KL", ddpo_no_kl="DDPO", ddpo_no_kl_stopped="DDPO, early stop"),
-              "toy/draft": dict(draft="DRaFT with KL", draft_truncated="DRaFT with KL, truncated",
-                                draft_no_kl="DRaFT", draft_no_kl_stopped="DRaFT, early stop", draft_1="DRaFT-1")}
-    for problem in ("gmm", "gmm2"):
-        for script, methods in labels.items():
-            runs = records(script)
-            for method, label in methods.items():
-                keys = ("mean_reward", "terminal_objective", "path_objective", "emd", "mode_l1")
-                lines.append([problem, label, *(spread(runs, f"{method}.{problem}.{key}") for key in keys)])
-        runs = records("toy/ddpo")
-        lines.append([problem, "optimum, exact samples", exact(runs, f"ddpo.{problem}.mean_reward"),
-                      *[exact(runs, f"ddpo.{problem}.path_objective")] * 2, spread(runs, f"target.{problem}.emd"),
-                      spread(runs, f"target.{problem}.mode_l1")])
-    return table(["problem", "method", "E[r]", "objective, law of x", "objective, path", "EMD", "mode L1"], lines)
-
-
-def compare_reference():
-    """One record: its se is the standard deviation over three seeds."""
-    rows, lines = records("toy/compare")[0], []
-    labels = dict(pretrained="pretrained", target="exact samples", guidance="guidance, tuned", das="DAS",
-                  ddpo_no_kl="DDPO", ddpo="DDPO + KL", draft_no_kl="DRaFT", draft="DRaFT + KL", draft_1="DRaFT-1",
-                  dav="DAV", dav_kl="DAV-KL", posterior="DAV posterior")
-
-    def cell(r, digits):
-        return f"{r['estimate']:.{digits}f} ± {r['se']:.{digits}f}"
-
-    for problem in ("gmm", "gmm2", "equal", "unequal"):
-        for method, label in labels.items():
-            if f"{method}.{problem}.emd" in rows:
-                digits = dict(mean_reward=2, emd=2, modes=1, coverage=2, spread=2)
-                lines.append([problem, label, *(cell(rows[f"{method}.{problem}.{k}"], n) for k, n in digits.items()),
-                              f"{rows[f'{method}.{problem}.evaluations']['estimate'] / 1e6:.1f}",
-                              f"{rows[f'{method}.{problem}.seconds']['estimate']:.0f}"])
-    return table(["problem", "method", "E[r]", "EMD", "modes", "coverage", "spread", "million evaluations", "seconds"],
-                 lines)
+def tidy_table(script, problems, methods, quantities, digits="3", exact="", **_):
+    """The table that a marker asks for: a line a problem and method, a column a quantity; exact=1: a column more."""
+    rows, lines = tidy(script), []
+    for problem in problems.split(","):
+        for method in methods.split(","):
+            cells = [rows.get((problem, method, q), []) for q in quantities.split(",")]
+            if any(cells):
+                texts = [over_seeds(c, int(digits)) for c in cells]
+                truths = [over_seeds(c, int(digits), "exact") for c in cells] if exact else []
+                both = [text for pair in zip(texts, truths) for text in pair] if exact else texts
+                lines.append([problem, f"`{method}`", *both])
+    head = [text for q in quantities.split(",") for text in ([q, "exact"] if exact else [q])]
+    return table(["problem", "method", *head], lines)
 
 
 def dna_base():
@@ -363,20 +242,16 @@ def gallery():
             truth = truth if truth is not None else exact(runs, name, digits)
             rows.append([figure, link, f"`python {command}`", minutes, ours, official, paper, truth])
 
-    floor = records("toy/das")
-    add("DAS Fig. 1", "toy/das", "toy/results/das.png", "toy/das.py --paper", "3", "EMD, gmm", "das.gmm.emd", 2,
-        "0.54 to 0.62", "0.82", spread(floor, "target.gmm.emd", 2))
-    add("Constrained Fig. 1", "toy/and_composition", "toy/results/and_composition.png", "toy/and_composition.py", "2",
-        "variance of the product", "primal_dual.paper.var_x", 3, "0.27")
-    add("Constrained Fig. 2", "toy/or_composition", "toy/results/or_composition.png", "toy/or_composition.py", "2",
-        "variance within modes", "elbo.paper.variance", 3, "0.07 to 0.10")
-    add("Constrained Fig. 3, 4", "toy/constrained_alignment", "toy/results/constrained_alignment.png",
-        "toy/constrained_alignment.py", "3", "multiplier 1, competing", "constrained.competing.dual_1")
-    add("MSDDA", "toy/msdda", "toy/results/msdda.png", "toy/msdda.py", "3", "E[r1] at (1/2, 1/2)",
-        "msdda_smc.mlp.reward_1_w50_50", 2, "", "", exact(records("toy/msdda"), "target.mlp.reward_1_w50_50", 2))
-    add("DAV, in 2D", "toy/dav", "toy/results/dav.png", "toy/dav.py", "3", "E[r], 8 rounds", "dav.equal.mean_reward")
-    add("DAS Fig. 1, DAV Fig. 2", "toy/compare", "toy/results/compare.png", "toy/compare.py", "7",
-        "EMD of DAS, gmm2", "das.gmm2.emd", 2, "", "", f"{records('toy/compare')[0]['target.gmm2.emd']['estimate']:.2f}")
+    def toy(figure, script, command, minutes, number, key, digits=2, official="", paper="", floor=None):
+        found = tidy(f"toy/{script}")
+        if key in found:
+            truth = over_seeds(found[key], digits, "exact") if floor is None else over_seeds(found[floor], digits)
+            rows.append([figure, f"[`toy/{script}.py`](toy/{script}.py) ([figure](toy/results/{script}.png))",
+                         f"`python {command}`", minutes, f"{number}: {over_seeds(found[key], digits)}", official, paper,
+                         truth])
+
+    for line in TOY:
+        toy(*line)
     add("DAS Fig. 2", "sd/das", "sd/results/das.png", "sd/das.py", "4", "reward, base standard deviations",
         "das.all.gain", 2, "", "", spread(records("sd/das"), "reference.all.gain", 2))
     add("DAS Fig. 2, DAV Fig. 2", "sd/compare", "sd/results/compare.png", "sd/compare.py", "80",
@@ -400,22 +275,29 @@ def gallery():
     return table(["figure", "script", "command", "minutes", "ours", "official code", "paper", "exact"], rows)
 
 
-TABLES = {"gallery": gallery, "das": das_reference, "das methods": das_methods, "and": and_reference, "and samplers": and_samplers,
-          "or": or_reference, "alignment": alignment_reference, "msdda": msdda_reference, "dav": dav_reference,
-          "baselines": baselines_reference, "compare": compare_reference, "dna base": dna_base,
-          "dna das": dna_das, "dna exact": dna_exact, "dna compare": dna_compare, "sd das": sd_das,
-          "sd compare": sd_compare, "sd alignment": sd_alignment, "sd and": sd_and, "sd or": sd_or, "sd msdda": sd_msdda}
+TOY = []
+
+TABLES = {"gallery": gallery, "dna base": dna_base, "dna das": dna_das, "dna exact": dna_exact,
+          "dna compare": dna_compare, "sd das": sd_das, "sd compare": sd_compare, "sd alignment": sd_alignment,
+          "sd and": sd_and, "sd or": sd_or, "sd msdda": sd_msdda}
+PAGES = ("README.md", "toy/README.md")
 
 
 def fill(text):
-    """The README's text with its tables made anew."""
-    for name, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert len(pattern.findall(text)) == 1, f"README.md has no place for the table {name!r}"
-        text = pattern.sub(lambda m: m[1] + make() + "\n" + m[2], text)
-    return text
+    """A page with its tables made anew. A marker names a function of TABLES, or a script and what to show of it:
+    <!-- table toy/das problems=gmm,gmm2 methods=das,exact quantities=emd digits=3 exact=1 -->"""
+    def replaced(m):
+        words = m[1].split()
+        if words[0].startswith("toy/"):
+            body = tidy_table(words[0], **dict(w.split("=") for w in words[1:]))
+        else:
+            body = TABLES[m[1]]()
+        return f"<!-- table {m[1]} -->\n{body}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (.*?) -->\n.*?<!-- end -->", replaced, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    path = REPOSITORY / "README.md"
-    path.write_text(fill(path.read_text()))
+    for page in PAGES:
+        path = REPOSITORY / page
+        path.write_text(fill(path.read_text()))

@@ -1,4 +1,8 @@
-"""What makes the scripts one design: shared text, imports, commands that parse, and a README that tells the records."""
+"""What makes the scripts one design: shared text, budgets, imports, commands that parse, pages that tell the records.
+
+toy/ is of the second edition: one name has one text, and SPINES says where the three short algorithms stand. sd/ and dna/
+are of the first, with a table of the names that each script shares.
+"""
 import ast
 import json
 import re
@@ -13,20 +17,25 @@ from conftest import REPOSITORY, load
 
 SCRIPTS = sorted(str(p.relative_to(REPOSITORY)) for d in ("toy", "sd", "dna") for p in (REPOSITORY / d).glob("*.py"))
 
-OWN = {"main", "parse_args"}  # names that every script defines for itself
+OWN = {"main", "parse_args", "Problem", "measure", "draw", "run"}  # names that every script of toy/ defines for itself
+SPINES = {  # which script holds which short algorithm, the same to the letter
+    "smc": {"das", "and_composition", "msdda", "dav"},
+    "systematic": {"das", "and_composition", "msdda", "dav"},
+    "dual_step": {"and_composition", "or_composition", "constrained_alignment"},
+    "descend": {"das", "and_composition", "or_composition", "constrained_alignment", "msdda", "dav", "ddpo", "draft"},
+}
+BUDGETS = {"toy/compare.py": 250}  # lines; 300 for the others of toy/
+
+FIRST = {"main", "parse_args"}  # the first edition's names that every script defines for itself
 WORLD = {"make_problem", "run_methods", "measure", "draw_panels", "draw_duals", "dual_function", "primal_dual",
          "diversity", "preset", "measures", "run_job", "job_results", "collect", "flags", "recorded"}  # and names that
 # may mean another thing in each script
 
 FILES = {"common_parser", "device", "results_folder", "positive", "fail", "progress", "write_atomically", "row",
          "write_numbers", "print_table"}
-NETWORK = {"Denoiser", "velocity_loss", "train_denoiser", "cached_denoiser", "noise_levels"}
 SAMPLER = {"per_particle", "effective_sample_size", "log_mean_exp", "resample", "invert_cdf", "pivotal", "gather",
            "temper_schedule", "adapt_temper", "look_ahead", "checked", "ddim_kernel", "guide", "log_ratio", "das"}
-MEASURES = {"mean_and_se", "log_mean_and_se", "tilted_mean_and_se", "emd", "emd_to_target", "mode_masses"}
 RESAMPLING = {"effective_sample_size", "log_mean_exp", "resample", "invert_cdf", "pivotal"}
-MULTIPLIERS = {"make_grid", "project_to_simplex", "dual_update"}
-KL = {"log_snr_levels", "multistep_kernel", "ddim_kernel", "Counted"}
 PIPELINE = {"load_pipeline", "load_clip", "processes", "process_sum", "over_processes", "in_chunks", "tokenize",
             "encode_prompts", "noise_predictor", "image_decoder", "images_in_range", "clip_text", "clip_images",
             "path_schedule", "snr_levels", "ddim_sample", "ddim_kernel", "join_processes"}
@@ -40,9 +49,6 @@ SEQUENCES = {"read_arrays", "unpack", "encode", "read_elements", "read_csv", "ch
              "load_network", "predict", "unmask", "invert_cdf", "dna_world", "save_figure"}
 JUDGES = {"hide", "hidden_loss", "masked_bound", "mean_and_se", "median_and_se", "kmer_counts", "kmer_correlation",
           "levenshtein", "diversity", "motif_scores", "motif_hits", "element_measures"}
-BASELINES = {"GaussianMixture", "ddim_kernel", "checked", "mean_and_se", "log_mean_and_se", "emd", "emd_to_target",
-             "mode_masses", "mode_spread", "terminal_kl", "sample_rows", "panel", "save_figure"}
-TUNING = {"log_snr_levels", "kernel", "sample_path", "follow"}
 FINE_TUNING = {"kl_of_letters", "sample_trajectories", "InPrecision", "improve_model", "objective_rows", "tuned_models",
                "baseline_elements", "baseline_splice", "draw_training", "refresh", "save_network", "log_mean_and_se",
                "dna_parser", "open_world"}
@@ -53,25 +59,6 @@ COMPOSITION = {"check_adapters", "attach_adapters", "with_adapter", "project_to_
                "dual_update", "without_adapter", "prompted", "path_noise", "paired_row", "pair_distance", "draw_lines",
                "slug", "save_figure"}
 SHARED = {  # script -> names whose text it shares with every other script that is listed with them
-    "toy/das.py": FILES | NETWORK | SAMPLER | MEASURES | {"GaussianMixture", "save_figure"},
-    "toy/and_composition.py": FILES | NETWORK | RESAMPLING | MULTIPLIERS | KL
-    | {"GaussianMixture", "maximise_dual", "pathwise_kl", "pointwise_kl", "cross_entropy", "log_snr_rule", "mean_and_se",
-       "emd", "emd_to_target", "summed", "sample_ddim", "save_figure"},
-    "toy/or_composition.py": FILES | NETWORK | MULTIPLIERS | KL
-    | {"GaussianMixture", "pointwise_kl", "cross_entropy", "log_snr_rule", "mode_masses", "summed", "sample_ddim",
-       "save_figure"},
-    "toy/constrained_alignment.py": FILES | NETWORK | MULTIPLIERS | KL
-    | {"GaussianMixture", "maximise_dual", "pathwise_kl", "mean_and_se", "save_figure"},
-    "toy/dav.py": FILES | NETWORK | RESAMPLING
-    | {"GaussianMixture", "Counted", "per_particle", "gather", "look_ahead", "checked", "ddim_kernel", "guide",
-       "log_ratio", "mean_and_se", "emd", "emd_to_target", "mode_masses", "save_figure"},
-    "toy/compare.py": set(),  # it imports the others
-    "toy/msdda.py": FILES | {"GaussianMixture", "Denoiser", "noise_levels", "gather", "per_particle", "ddim_kernel",
-                             "effective_sample_size", "log_mean_exp", "mean_and_se", "log_mean_and_se", "save_figure"},
-    "toy/guidance.py": FILES | NETWORK | BASELINES
-    | {"per_particle", "temper_schedule", "look_ahead", "guide"},
-    "toy/draft.py": FILES | NETWORK | BASELINES | TUNING,
-    "toy/ddpo.py": FILES | NETWORK | BASELINES | TUNING,
     "sd/pretrain.py": FILES | PIPELINE - {"path_schedule", "snr_levels", "join_processes"} | {"mean_and_se"},
     "sd/das.py": FILES | SAMPLER | PIPELINE | REWARDS
     | {"selection_weights", "mean_and_se", "log_mean_and_se", "tilted_mean_and_se"},
@@ -133,23 +120,41 @@ def definitions(text):
     return {n.name: "\n".join(lines[first[n] - 1 : n.end_lineno]) for n in nodes}
 
 
+TOY = [script for script in SCRIPTS if script.startswith("toy/")]
+
+
 def test_every_script_is_listed():
-    assert set(SHARED) == set(SCRIPTS)
+    assert set(SHARED) == set(SCRIPTS) - set(TOY)
 
 
-def test_one_name_one_text():
+@pytest.mark.parametrize("scripts, own", [(TOY, OWN), (sorted(SHARED), FIRST | WORLD)], ids=["second", "first"])
+def test_one_name_one_text(scripts, own):
     texts = {}
-    for script in SCRIPTS:
+    for script in scripts:
         for name, text in definitions(source(script)).items():
-            if name not in OWN | WORLD:
+            if name not in own:
                 texts.setdefault(name, {}).setdefault(text, []).append(script)
     assert {name: list(t.values()) for name, t in texts.items() if len(t) > 1} == {}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("name", SPINES)
+def test_spines_are_there(name):
+    assert {s[4:-3] for s in TOY if name in definitions(source(s))} == SPINES[name]
+
+
+@pytest.mark.parametrize("script", TOY)
+def test_budgets(script):
+    text = source(script)
+    assert len(text.splitlines()) <= BUDGETS.get(script, 300) and max(map(len, text.splitlines())) <= 120
+    assert text.isascii(), "a terminal of any encoding shows --help"
+    assert "pyplot" not in text and len(ast.get_docstring(ast.parse(text)).splitlines()) >= 12
+    assert {"main", "parse_args"} <= set(definitions(text)) and "# your own" in text or script == "toy/compare.py"
+
+
+@pytest.mark.parametrize("script", sorted(SHARED))
 def test_shared_names_are_there(script):
     assert SHARED[script] - set(definitions(source(script))) == set()
-    assert OWN - set(definitions(source(script))) == set()
+    assert FIRST - set(definitions(source(script))) == set()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -178,8 +183,8 @@ def test_import_runs_nothing(script):
 
 
 def commands():
-    """Every `python DIR/SCRIPT.py FLAGS` of the README and of the docstrings; two blanks end a command."""
-    texts = {"README.md": (REPOSITORY / "README.md").read_text()}
+    """Every `python DIR/SCRIPT.py FLAGS` of the pages and of the docstrings; two blanks end a command."""
+    texts = {page: (REPOSITORY / page).read_text() for page in make_readme.PAGES}
     texts |= {s: ast.get_docstring(ast.parse((REPOSITORY / s).read_text()), clean=False) for s in SCRIPTS}
     found = {(m[1], m[2].split("  ")[0].strip()) for t in texts.values()
              for m in re.finditer(r"python ((?:toy|sd|dna)/\w+\.py)((?: +[^\n`|&]*)?)", t)}
@@ -187,7 +192,8 @@ def commands():
 
 
 @pytest.mark.parametrize("script, flags", commands())
-def test_commands_parse(script, flags):
+def test_commands_parse(script, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # scripts of toy/ make their folder at once
     load(script).parse_args(shlex.split(flags.replace("--device cuda", "--device cpu")))  # here may be no GPU
 
 
@@ -204,25 +210,34 @@ def test_the_oldest_python_reads_every_file():
         ast.parse(path.read_text(), feature_version=(3, 10))
 
 
-def test_readme_tells_the_records():
-    text = (REPOSITORY / "README.md").read_text()
+@pytest.mark.parametrize("page", make_readme.PAGES)
+def test_pages_tell_the_records(page):
+    text = (REPOSITORY / page).read_text()
     assert make_readme.fill(text) == text, "run: python tests/make_readme.py"
 
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("*/results/*.json")), ids=lambda p: p.name)
-def test_records_belong_to_the_scripts(path):
+def test_records_belong_to_the_scripts(path, tmp_path):
     """A record, <script>_seed<k>.json or <script>_<variant>_seed<k>.json, holds arguments that its script has still."""
     folder, name = path.parent.parent.name, path.stem.rsplit("_seed", 1)[0]
     script = max((s for s in SCRIPTS if f"{folder}/{name}_".startswith(s.removesuffix(".py") + "_")), key=len)
     record = json.loads(path.read_text())
+    if folder == "toy":
+        keys = [(r["problem"], r["method"], r["quantity"]) for r in record["rows"]]
+        assert len(keys) == len(set(keys)) and all(re.fullmatch(r"[a-z0-9_.-]+", word) for key in keys for word in key)
+        defaults = vars(load(script).parse_args(["--out", str(tmp_path)]))
+        assert {k: v for k, v in record["args"].items() if k in defaults and k not in ("out", "seed")} == json.loads(
+            json.dumps({k: v for k, v in defaults.items() if k not in ("out", "seed")}, default=str))
+        return
     assert set(record["args"]) == set(vars(load(script).parse_args([]))) and record["args"]["out"] == "out"
     names = [r["name"] for r in record["rows"]]
     assert len(names) == len(set(names)) and all(re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)+", n) for n in names)
 
 
 def test_pictures_of_the_readme_are_there_and_small():
-    for path in re.findall(r"\]\(([^)]+\.png)\)", (REPOSITORY / "README.md").read_text()):
-        assert 10_000 < (REPOSITORY / path).stat().st_size < 300_000, path
+    for page in make_readme.PAGES:
+        for path in re.findall(r"\]\(([^)]+\.png)\)", (REPOSITORY / page).read_text()):
+            assert 10_000 < ((REPOSITORY / page).parent / path).stat().st_size < 300_000, path
 
 
 def test_a_changed_comment_or_decorator_is_seen():

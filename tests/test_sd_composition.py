@@ -15,7 +15,7 @@ from conftest import SOURCE, load, planted
 
 both = {name: load(f"sd/{name}_composition.py") for name in ("and", "or")}
 land, lor = both["and"], both["or"]
-solver = load("toy/and_composition.py")
+maximise_dual = load("sd/constrained_alignment.py").maximise_dual
 F = torch.float64
 STEPS, GUIDANCE, VAR = 6, 2.0, 0.6
 
@@ -150,7 +150,7 @@ def best(world):
         found = [exact(world, weights, k) for k in range(len(world.cond))]
         return sum(f[1] for f in found) / len(found), torch.stack([f[0] for f in found]).mean(0)
 
-    weights = solver.maximise_dual(dual, len(world.adapters), len(world.adapters))
+    weights = maximise_dual(dual, len(world.adapters), len(world.adapters))
     return weights, dual(weights)
 
 
@@ -385,7 +385,11 @@ def test_denoising_loss_is_the_cross_entropy():
     x0, at = torch.randn(50, 4, 1, 1, generator=generator(), dtype=F), dict(zip(abar, times))
     rng = generator(1)
     found = sum(lor.denoising_loss(predict, x0, torch.full((50,), i), times, abar, rng) for i in range(count)) / count
-    whole = solver.cross_entropy([lambda x, a: predict(x, at[a])], x0, abar, generator(1))[0]
+    whole, rng = x0.flatten(1).shape[1] / 2 * math.log(2 * math.pi), generator(1)
+    for a, weight in zip(abar, lor.log_snr_rule(abar)):  # 1/2 int (E |eps - eps_hat|^2 - abar^2 |eps|^2) d log SNR
+        eps = torch.randn(x0.shape, generator=rng)
+        error = eps - predict(a**0.5 * x0 + (1 - a) ** 0.5 * eps, at[a])
+        whole = whole + weight * (error.flatten(1).pow(2).sum(1) - a**2 * eps.flatten(1).pow(2).sum(1))
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=0)  # that one multiplies its noise in float32
 
 
@@ -424,7 +428,7 @@ def ball():
         square = (shifts - w @ shifts).pow(2).sum(1)
         return w @ square, square
 
-    weights = solver.maximise_dual(dual, 3, 3)
+    weights = maximise_dual(dual, 3, 3)
     return weights, weights @ shifts
 
 

@@ -1,1017 +1,300 @@
-"""Compose pretrained diffusion models by AND: sample the product of their densities whose worst KL is least.
+"""Compose diffusion models by AND: sample the product of their densities whose worst KL from them is least.
 
 Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusion Models using Constrained Learning",
-NeurIPS 2025, arXiv 2508.19104. Draws its Fig. 1 (figure.png), the dual function with the paths of the multipliers
-(duals.png) and both KL lemmas against the closed form (lemmas.png).
-
-Run    python toy/and_composition.py                       the paper's problem and an unequal pair   2 minutes (2 cores)
-       python toy/and_composition.py --quick               the same, coarse                          20 seconds
-       python toy/and_composition.py --score exact         closed-form scores: no network error      2 minutes
-       python toy/and_composition.py --problem triple mixtures      two more problems                3 minutes
-       python toy/and_composition.py --paper               more samples and dual steps               some 40 times that
-
-Notation (here -> paper)
-       q_i, weights -> q^i, lambda    the pretrained models; multipliers, which are also the exponents of the product
-       product      -> q_AND^lambda   prod_i q_i^lambda_i / Z(lambda), lambda on the simplex
-       D(lambda)    -> D_AND          the dual function -log Z(lambda); concave, its gradient is KL(product || q_i)
-       u                              min over p of max_i KL(p || q_i) = D(lambda*): the KL of every model that counts
-       summed score -> surrogate      sum_i lambda_i score of q_i with noise; the score of the noised product only
-                                      where all q_i have one covariance, or without noise
-
-Algorithm
-       1. sample the product at the present multipliers     `sample_ddim` (paper), `sample_langevin`, `sample_smc`
-       2. estimate each KL up to what all have in common     `pointwise_kl` (Lemma 2), `cross_entropy`
-       3. raise the multiplier of the larger ones            `dual_update`, `project_to_simplex`
-       4. repeat; average the second half                    `dual_ascent` (Algorithm 3)
-       5. or train a network on the samples of 1. and take the KLs of 2. from it      `primal_dual` (Algorithm 2)
-
-`corrected` is what the paper lacks. The product of the models' reverse kernels is known up to its normalisation
-C_t(x_t), and the paths of prod_i q_i^lambda_i are those of the kernels weighted by C_t: `sample_smc` does that with
-no further network call, and its estimate of log Z is the value of the dual function. And since
-KL(p || q_i) = -E_p[log q_i] - entropy of p, the models' own denoising errors on samples of the product give the
-differences of the KLs, with no need of the score of the product. With the summed score in Lemma 2 instead,
-KL_i is (1 - lambda_i)^2 times the same number for two models: dual_only then returns 1/2, 1/2 for any pair.
-
-What you should see: equal weights have a worst KL of 17.8 nats where 10.2 is possible. dual_only finds (0.495, 0.253,
-0.253) on the paper's problem, but stays at (1/2, 1/2) on `pair`, where (0.210, 0.790) is exact; corrected and
-primal_dual are within 0.01 of it. At the exact multipliers of `pair`, DDIM on summed scores has its mean at 0.00
-instead of 0.68; SMC, MALA and unadjusted Langevin are near, the last with 15% too much variance where scores are exact.
-To try: --problem triple --score exact: which methods find the multipliers, and which mean does DDIM give?
+NeurIPS 2025, arXiv 2508.19104. figure.png: its Fig. 1 (paper), and two problems of its notebook (pair, ring).
+Run    python toy/and_composition.py                  a minute; --quick: 8 seconds; --paper: larger, not run here
+       python toy/and_composition.py --score exact    no networks; as published but for step and kernel: row algorithm_3
+Read first: compose, run, dual_step. Skip: Mixture, Denoiser, draw, checked, report.
+Notation (here -> paper): dual -> lambda, multipliers, of sum one; abar -> abar_t; -log Z -> D_AND, the dual function
+Algorithm: 1. compose: draw steps from the product of the models' reverse kernels; its normaliser C_t is smc's weight
+    2. run: the KLs, the gradient of -log Z, are means of -log_q but for what all share. Lemma 1: a KL of paths is a sum
+       over steps; with Var(x_0 | x_t) in the kernel it is the KL of the samples, with DDPM's variance it is larger
+    3. dual_step: the Hessian of -log Z is -cov(log_q); back to 1. The second half of the rounds is averaged
+    algorithm_3 takes the summed forecast for the product's, without C_t. Its KLs are by Lemma 2, from the forecasts at
+    all noise levels: of two, KL_i is (1 - dual_i)^2 times one number. algorithm_2 has a network learn 1's samples.
+What you should see (seed 0): on paper, equal weights have a worst KL of 17.8 nats, the others 10.3 to 10.4, the best is
+    10.2. On pair algorithm_3 stays at (1/2, 1/2), mean_x .58 for .90; the others find (.22, .78), KL 3.69 for 3.64. On
+    ring_0_1_4 the model between is left out: (.50, .00, .50), worst KL 60.1 to 60.4 for 86.5. Try --positions 0 4 8.
 """
 import argparse
-import concurrent.futures
-import hashlib
-import importlib.metadata
-import io
 import json
 import math
 import os
 import pathlib
-import pickle
-import resource
-import sys
 import time
-import types
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from types import SimpleNamespace
 import torch
-from PIL import Image
-from scipy.optimize import linear_sum_assignment, minimize
-from scipy.spatial.distance import cdist
+if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
+from matplotlib.figure import Figure
+from scipy.optimize import minimize
+from torch import nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
-PRESETS = {  # what the size flags default to
-    "quick": dict(samples=1000, steps=30, dual_steps=20, primal_steps=10, train_steps=200, budget=100, subsamples=4),
-    "default": dict(samples=2000, steps=40, dual_steps=40, primal_steps=20, train_steps=800, budget=500,
-                    subsamples=20),
-    "paper": dict(samples=20000, steps=100, dual_steps=100, primal_steps=40, train_steps=5000, budget=1000,
-                  subsamples=100),
-}
-
+METHODS = dict(equal_weights="#E69F00", algorithm_3="#D55E00", smc="#0072B2", algorithm_2="#009E73", exact="k")
+MODELS = {  # a Gaussian each: mean x, mean y, variance; the ring's are at the hours of a clock  # your own: a line here
+    "paper": [(1.0, 0.0, 0.05), (-1.0, 0.2, 0.05), (-1.0, -0.2, 0.05)], "pair": [(1.0, 0.0, 0.025), (-1.0, 0.0, 0.5)],
+    "ring": [(2 * math.sin(math.pi * hour / 6), 2 * math.cos(math.pi * hour / 6), 0.025) for hour in range(12)]}
 
 def parse_args(argv=None):
-    parser = common_parser(__doc__)
-    parser.add_argument("--problem", nargs="+", choices=list(PROBLEMS), default=["paper", "pair"])
-    parser.add_argument("--score", choices=["mlp", "exact"], default="mlp", help="trained networks or closed form")
-    parser.add_argument("--samples", type=positive(int), help="samples at each dual step")
-    parser.add_argument("--steps", type=positive(int), help="sampling steps, at most 1000")
-    parser.add_argument("--dual-steps", type=positive(int), help="steps of the multipliers, at least 4")
-    parser.add_argument("--dual-lr", type=positive(float), default=0.1, help="their step, for KLs one unit apart")
-    parser.add_argument("--primal-steps", type=positive(int), help="training steps between dual steps (Algorithm 2)")
-    parser.add_argument("--train-steps", type=positive(int), help="training steps of each pretrained network")
-    parser.add_argument("--budget", type=positive(int), help="calls of each model per sample, in the table of samplers")
-    parser.add_argument("--subsamples", type=positive(int), help="EMDs (500 against 500 points) behind each mean")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, sizes = parser.add_argument, dict(const=(5, 50, 8, 3, 50, 25), default=(10, 100, 20, 12, 800, 120))
+    add("--quick", dest="size", action="store_const", **sizes, help="coarse, 5 seconds")
+    add("--paper", dest="size", action="store_const", const=(40, 500, 100, 100, 3000, 1000), help="the paper's sizes")
+    add("--seed", type=int, default=0)
+    add("--out", type=pathlib.Path, default="out/toy_and_composition", help="folder of figure.png and numbers.json")
+    add("--device", choices=["cpu", "cuda"][: 1 + torch.cuda.is_available()], default="cpu")
+    add("--problem", nargs="+", choices=list(MODELS), default=list(MODELS))
+    add("--positions", nargs=3, type=int, default=[0, 1, 4], help="of the ring's Gaussians: hours of a clock, 0 to 11")
+    add("--score", choices=["mlp", "exact"], default="mlp", help="trained networks or closed form")
     args = parser.parse_args(argv)
-    for name, value in PRESETS["quick" if args.quick else "paper" if args.paper else "default"].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.steps > 1000 or args.budget > 1000 or args.dual_steps < 4 or args.samples < 500 or args.budget < 20:
-        parser.error("--steps and --budget can be at most 1000, --budget at least 20, --dual-steps at least 4,"
-                     " --samples at least 500")
-    return args
-
+    if len({*args.positions} & {*range(12)}) < 3:
+        parser.error(f"--positions: {args.positions} are not three different hours of 0 to 11")
+    return checked(parser, args)
 
 # ---- the problem: models, exact product, exact multipliers -----------------------------------------------------------
 
-PROBLEMS = {  # a model is a list of equally weighted Gaussians: mean x, mean y, variances along x and y, correlation
-    "paper": [[(1, 0, 0.05, 0.05, 0)], [(-1, 0.2, 0.05, 0.05, 0)], [(-1, -0.2, 0.05, 0.05, 0)]],
-    "pair": [[(1, 0, 0.025, 0.025, 0)], [(-1, 0, 0.5, 0.5, 0)]],
-    "triple": [[(1, 0, 0.3, 0.05, 0)], [(-0.6, 0.8, 0.2, 0.2, 0.6)], [(-0.6, -0.8, 0.1, 0.1, 0)]],
-    "mixtures": [[(1, 0, 0.1, 0.1, 0), (-1, 0.5, 0.2, 0.2, 0)], [(1, 0.5, 0.2, 0.2, 0), (0, -1.2, 0.1, 0.1, 0)]],
-}
-
-
-class GaussianMixture:
-    """sum_k weights_k N(means_k, covs_k), in closed form at every noise level and under quadratic tilts.
-
-    weights (K,), means (K, d), covs (K, d, d), float64. With noise, the means are sqrt(abar) means_k and the
-    covariances abar covs_k + (1 - abar) I, so that density and score are exact at every abar.
-    """
-
-    def __init__(self, weights, means, covs):
-        self.weights, self.means, self.covs = weights, means, covs
-        self.var, self.axes = torch.linalg.eigh(covs)  # (K, d), (K, d, d): noise keeps the axes
-
-    def sample(self, n, rng):
-        """n draws -> (n, d), float32."""
-        k = torch.multinomial(self.weights, n, replacement=True, generator=rng)
-        z = torch.randn(n, self.means.shape[1], generator=rng, dtype=self.means.dtype, device=rng.device)
-        return (self.means[k] + torch.einsum("nde,ne->nd", self.axes[k], self.var[k].sqrt() * z)).float()
-
-    def along_axes(self, x, abar):
-        """x (N, d) -> offset from each mean along its axes (N, K, d), variances (K, d), log joint density (N, K)."""
-        means, axes, var = self.means.to(x), self.axes.to(x), abar * self.var.to(x) + 1 - abar
-        offset = (x @ axes.transpose(0, 1).flatten(1)).view(len(x), *means.shape)  # (N, K, d)
-        offset = offset - abar**0.5 * torch.einsum("kd,kde->ke", means, axes)
-        log_p = -0.5 * (offset**2 / var + var.log() + math.log(2 * math.pi)).sum(2)
-        return offset, var, log_p + self.weights.to(x).log()
-
-    def log_prob(self, x, abar=1.0):
-        """x (N, d) -> log density (N,), nats."""
-        return self.along_axes(x, abar)[2].logsumexp(1)
-
-    def predict_noise(self, x, abar):
-        """x (N, d) -> E[eps | x_t = x] = -sqrt(1 - abar) * score (N, d)."""
-        offset, var, log_joint = self.along_axes(x, abar)
-        pull = log_joint.softmax(1)[:, :, None] * offset / var
-        return (1 - abar) ** 0.5 * pull.flatten(1) @ self.axes.to(x).transpose(1, 2).flatten(0, 1)
-
-    def tilt(self, curvature, center, kl_weight):
-        """The mixture times exp(r / kl_weight), r(x) = -(x - center)' curvature (x - center) -> (mixture, log Z).
-
-        Completing the square: precisions add, and the mass of a component is multiplied by its own integral.
-        """
-        B = 2 * curvature / kl_weight
-        grow = torch.eye(len(B)).to(B) + self.covs @ B  # (K, d, d)
-        offset = self.means - center
-        covs = torch.linalg.solve(grow, self.covs)  # (V^-1 + B)^-1
-        means = center + torch.linalg.solve(grow, offset[:, :, None])[:, :, 0]
-        energy = torch.einsum("kd,kde,ke->k", offset, B @ torch.linalg.inv(grow), offset)
-        log_mass = self.weights.log() - 0.5 * torch.linalg.slogdet(grow)[1] - 0.5 * energy
-        return GaussianMixture(log_mass.softmax(0), means, (covs + covs.mT) / 2), log_mass.logsumexp(0).item()
-
-    def moments(self):
-        """Mean (d,) and covariance (d, d) of the whole mixture."""
-        mean = self.weights @ self.means
-        offset = self.means - mean
-        return mean, torch.einsum("k,kde->de", self.weights, self.covs + offset[:, :, None] * offset[:, None, :])
-
-
-def make_problem(name, device):
-    """Models q_i, and what is exact by quadrature on a grid: multipliers, u, product. A namespace.
-
-    The grid (M, 2) reaches 6 in each direction; log_q (m, M) are log masses of its cells, so that the trapezoid rule,
-    which is exact to round-off for densities this smooth, is a sum.
-    """
-    models = []
-    for components in PROBLEMS[name]:
-        table = torch.tensor(components, dtype=torch.float64, device=device)
-        means, (a, b, rho) = table[:, :2], table[:, 2:].T
-        off = rho * (a * b).sqrt()
-        covs = torch.stack([torch.stack([a, off], 1), torch.stack([off, b], 1)], 1)
-        models.append(GaussianMixture(torch.full_like(a, 1 / len(a)), means, covs))
-    grid, log_cell = make_grid(6.0, 401, device)
-    log_q = torch.stack([model.log_prob(grid) for model in models]) + log_cell
-    problem = types.SimpleNamespace(name=name, models=models, grid=grid, log_q=log_q)
-    problem.weights = maximise_dual(lambda w: dual_function(problem, w), len(models), len(models))
-    problem.u = dual_function(problem, problem.weights)[0]
-    return problem
-
-
-def product_on_grid(problem, weights):
-    """prod_i q_i^weights_i -> its masses on the grid (M,), log Z."""
-    log_p = weights @ problem.log_q
-    return log_p.softmax(0), log_p.logsumexp(0).item()
-
-
-def dual_function(problem, weights):
-    """D(weights) = -log Z and KL(product || q_i) (m,), its gradient along the simplex."""
-    p, log_z = product_on_grid(problem, weights)
-    cross = problem.log_q @ p  # (m,), E_p[log q_i]
-    return -log_z, weights @ cross - log_z - cross
-
-
-def product_moments(problem, weights):
-    """Mean (2,) and covariance (2, 2) of the product."""
-    p, _ = product_on_grid(problem, weights)
-    mean = p @ problem.grid
-    return mean, (problem.grid - mean).T @ (p[:, None] * (problem.grid - mean))
-
-
-def sample_grid(problem, weights, n, rng):
-    """n draws of the product, uniform within the cells of the grid -> (n, 2), float32."""
-    p, _ = product_on_grid(problem, weights)
-    side = problem.grid[1, 1] - problem.grid[0, 1]
-    jitter = torch.rand(n, 2, generator=rng, device=rng.device, dtype=side.dtype) - 0.5
-    return (problem.grid[torch.multinomial(p, n, replacement=True, generator=rng)] + side * jitter).float()
-
-
-# ---- shared: multipliers and their exact values ----------------------------------------------------------------------
-
-
-def make_grid(half, n, device):
-    """Points of a square grid (n * n, 2), float64, and the logarithm of the area of a cell."""
-    line = torch.linspace(-half, half, n, dtype=torch.float64, device=device)
-    return torch.cartesian_prod(line, line), 2 * math.log(2 * half / (n - 1))
-
-
-def maximise_dual(dual, count, on_simplex):
-    """Maximum of a concave dual function over `count` multipliers >= 0, the first `on_simplex` of which sum to one.
-
-    dual(v) -> value, gradient (count,). By sequential quadratic programming (scipy's SLSQP), to about 1e-7.
-    """
-    start = torch.ones(count, dtype=torch.float64)
-    start[:on_simplex] /= max(on_simplex, 1)
-
-    def negative(v):
-        value, gradient = dual(torch.as_tensor(v))
-        return -float(value), -gradient.cpu().numpy()
-
-    rows = [dict(type="eq", fun=lambda v: v[:on_simplex].sum() - 1)] if on_simplex else []
-    found = minimize(negative, start.numpy(), jac=True, method="SLSQP", bounds=[(0, None)] * count, constraints=rows,
-                     options=dict(ftol=1e-15, maxiter=500))
-    return torch.as_tensor(found.x)
-
-
-def project_to_simplex(v):
-    """The nearest point (Euclidean) to v (m,) with entries >= 0 that sum to one.
-
-    It is max(v - c, 0); c follows from the largest k entries of v that stay above it (Held, Wolfe, Crowder 1974).
-    """
-    # exercise 4: how large is c if the largest k entries stay above it? and which k is right?
-    top = v.sort(descending=True)[0]
-    excess = (top.cumsum(0) - 1) / torch.arange(1, len(v) + 1, device=v.device)
-    return (v - excess[(top > excess).sum() - 1]).clamp(min=0)
-    # end exercise
-
-
-def dual_update(dual, gap, memory, ki, kp=0.0, nu=0.0):
-    """One step of nuPI (Sohrabi et al. 2024) on the multipliers (m,), before projection -> dual, memory.
-
-    dual + ki gap + kp (change of the moving average nu memory + (1 - nu) gap); kp = 0 is dual ascent.
-    """
-    average = nu * memory + (1 - nu) * gap
-    return dual + ki * gap + kp * (average - memory), average
-
-
-# ---- shared: KL of diffusion models ----------------------------------------------------------------------------------
-
-
-def multistep_kernel(x, eps, before, a, b, eta=1.0):
-    """Second-order DDIM kernel between levels evenly spaced in log SNR -> mean (..., N, d), sigma, x0_hat (..., N, d).
-
-    x0_hat is extrapolated to the middle of the step from its value `before`, one step ago (None at the first), as in
-    DPM-Solver++ (Lu et al. 2022). Plain DDPM loses 22% of the variance of data with variance 0.05 in 100 steps.
-    """
-    x0_hat = (x - (1 - a) ** 0.5 * eps) / a**0.5
-    ahead = x0_hat if before is None or b == 1 else 1.5 * x0_hat - 0.5 * before
-    return *ddim_kernel(ahead, (x - a**0.5 * ahead) / (1 - a) ** 0.5, a, b, eta), x0_hat
-
-
-def pathwise_kl(predict_p, predictions, x, abar, eta, rng):
-    """Lemma 1: KL between the whole reverse path of p and that of each other model -> samples (N, ...), KL (m, N).
-
-    x (N, ...) standard normal; abar (T + 1,) from noise to data. Kernels of one variance differ by their means: a step
-    costs |mean_p - mean_q|^2 / (2 sigma^2). A last step without noise is left out: there the KL is not defined.
-    """
-    total, before = 0, [None] * (1 + len(predictions))
-    for a, b in zip(abar, abar[1:]):
-        means = []
-        for i, predict in enumerate((predict_p, *predictions)):
-            mean, sigma, before[i] = multistep_kernel(x, predict(x, a), before[i], a, b, eta)
-            means.append(mean)
-        if sigma > 0:
-            total = total + torch.stack([(means[0] - m).flatten(1).pow(2).sum(1) for m in means[1:]]) / (2 * sigma**2)
-        x = means[0] + sigma * torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
-    return x, total
-
-
-def log_snr_rule(abar):
-    """Weights of the trapezoid rule for 1/2 int f d log(abar / (1 - abar)) at the levels abar -> list of float.
-
-    Outside of the levels, f falls as abar (noise) and as 1 - abar (data), whose integrals are f at the ends.
-    """
-    snr = [math.log(a / (1 - a)) for a in abar]
-    gaps = [abs(s - t) / 2 for s, t in zip(snr, snr[1:])]
-    return [(left + right) / 2 for left, right in zip([1.0, *gaps], [*gaps, 1.0])]
-
-
-def pointwise_kl(predict_p, predictions, x0, abar, rng):
-    """Lemma 2: KL between samples of p and of each other model, from samples x0 (N, ...) of p -> (m, N).
-
-    1/2 int E |eps_p - eps_q|^2 d log SNR over the levels abar: in terms of scores the weight of a step is
-    1/2 d log abar, about beta_t / 2. Needs that p is a diffusion of x0: eps_p the noise prediction of its samples.
-    """
-    total = 0
-    for a, weight in zip(abar, log_snr_rule(abar)):
-        x = a**0.5 * x0 + (1 - a) ** 0.5 * torch.randn(x0.shape, generator=rng, device=x0.device)
-        eps = predict_p(x, a)
-        total = total + weight * torch.stack([(eps - f(x, a)).flatten(1).pow(2).sum(1) for f in predictions])
-    return total
-
-
-def cross_entropy(predictions, x0, abar, rng):
-    """-log q_i(x0) in nats for every model q_i, from its denoising error: x0 (N, ...) -> (m, N), to be averaged.
-
-    d/2 log 2 pi + 1/2 int (E |eps - eps_i|^2 - abar^2 |eps|^2) d log SNR (Guo, Shamai and Verdu 2005): for samples of p
-    it is KL(p || q_i) plus the entropy of p. The same noise serves all models.
-    """
-    total = x0.flatten(1).shape[1] / 2 * math.log(2 * math.pi)
-    for a, weight in zip(abar, log_snr_rule(abar)):
-        eps = torch.randn(x0.shape, generator=rng, device=x0.device)
-        x = a**0.5 * x0 + (1 - a) ** 0.5 * eps
-        errors = torch.stack([(eps - f(x, a)).flatten(1).pow(2).sum(1) for f in predictions])
-        total = total + weight * (errors - a**2 * eps.flatten(1).pow(2).sum(1))
-    return total
-
-
-def log_snr_levels(count, end=None):
-    """`count` signal powers from noise to data, evenly spaced in log SNR: from -end to end, or all of the schedule."""
-    top, bottom = (math.log(a / (1 - a)) for a in (noise_levels()[0], noise_levels()[-1]))
-    return torch.linspace(-end if end else bottom, end or top, count, dtype=torch.float64).sigmoid().tolist()
-
-
-# ---- the method: samplers of the product -----------------------------------------------------------------------------
-
-
-class Counted:
-    """A noise prediction (x, abar) that counts the points it is asked for."""
-
-    def __init__(self, predict):
-        self.predict, self.calls = predict, 0
-
-    def __call__(self, x, abar):
-        self.calls += len(x)
-        return self.predict(x, abar)
-
-
-def summed(predictions, weights):
-    """The noise prediction sum_i weights_i eps_i, the paper's surrogate for that of the product."""
-    return lambda x, a: torch.stack([w * f(x, a) for w, f in zip(weights.tolist(), predictions)]).sum(0)
-
-
-def sample_ddim(predictions, weights, x, steps, rng):
-    """Reverse diffusion with the summed score, from noise x (N, d): right where the surrogate is (Algorithm 3)."""
-    predict, abar, before = summed(predictions, weights), [*log_snr_levels(steps), 1.0], None
-    for a, b in zip(abar, abar[1:]):
-        mean, sigma, before = multistep_kernel(x, predict(x, a), before, a, b)
-        x = mean + sigma * torch.randn(x.shape, generator=rng, device=x.device)
-    return x
-
-
-def sample_langevin(predictions, weights, x, steps, rng, inner=10, size=0.3, metropolis=False):
-    """Annealed Langevin: `inner` steps at each of steps / inner noise levels -> x (N, d), share of accepted moves.
-
-    The summed score is the gradient of sum_i weights_i log q_i with noise, which at the last level is the product. The
-    step is `size` times the variance of the samples' distribution, d / E|score|^2 for a Gaussian; unadjusted, it widens
-    a Gaussian by 1 / (1 - size / 2). metropolis=True adds the acceptance of MALA to each chain, with the log density
-    ratio by the trapezoid rule along the move, exact for Gaussians.
-    """
-    predict, accepted, moves = summed(predictions, weights), 0.0, 0
-    for a in log_snr_levels(max(2, steps // (inner + 1))):
-        score = -predict(x, a) / (1 - a) ** 0.5
-        for _ in range(inner):
-            step = size * x.shape[1] / score.pow(2).sum(1).mean().item()
-            y = x + step * score + (2 * step) ** 0.5 * torch.randn(x.shape, generator=rng, device=x.device)
-            score_y = -predict(y, a) / (1 - a) ** 0.5
-            if metropolis:
-                log_ratio = ((score + score_y) / 2 * (y - x)).sum(1)
-                there, back = (y - x - step * score).pow(2).sum(1), (x - y - step * score_y).pow(2).sum(1)
-                log_accept = log_ratio + (there - back) / (4 * step)  # (N,): every chain decides for itself
-                move = torch.rand(len(x), generator=rng, device=x.device).log() < log_accept
-                accepted, moves = accepted + move.float().mean().item(), moves + 1
-                x, score = torch.where(move[:, None], y, x), torch.where(move[:, None], score_y, score)
-            else:
-                x, score = y, score_y
-    return x, accepted / max(moves, 1)
-
-
-def sample_smc(predictions, weights, x, steps, rng, ess=0.5):
-    """Sequential Monte Carlo on the product of the models' reverse kernels, from noise x (N, d) -> x, log Z.
-
-    prod_i N(x'; mean_i, sigma^2)^weights_i = C N(x'; mean, sigma^2) with mean = sum_i weights_i mean_i and
-    log C = -sum_i weights_i |mean_i - mean|^2 / (2 sigma^2): the particles move by the summed score and carry C as
-    weight. Returns equally weighted particles. Exact as the number of steps and of particles grows.
-    """
-    abar, before = [*log_snr_levels(steps), 1.0], None
-    log_w, log_z = torch.zeros(1, len(x), device=x.device), 0.0
-    for a, b in zip(abar, abar[1:]):
-        if effective_sample_size(log_w) < ess * len(x):
-            index = resample(log_w, "systematic", rng)[0]
-            x, before, log_z = x[index], before[:, index], log_z + log_mean_exp(log_w).item()
-            log_w = torch.zeros_like(log_w)
-        means, sigma, before = multistep_kernel(x, torch.stack([f(x, a) for f in predictions]), before, a, b)
-        mean = torch.einsum("m,mnd->nd", weights.to(x), means)
-        if sigma > 0:  # the last step has no noise, and a product of points is not defined
-            log_w = log_w - torch.einsum("m,mnd->n", weights.to(x), (means - mean) ** 2) / (2 * sigma**2)
-        x = mean + sigma * torch.randn(x.shape, generator=rng, device=x.device)
-    return x[resample(log_w, "systematic", rng)[0]], log_z + log_mean_exp(log_w).item()
-
-
-# ---- the method: multipliers -----------------------------------------------------------------------------------------
-
-
-def dual_ascent(predictions, draw, kl, args):
-    """Algorithm 3: projected ascent of the multipliers -> average of the second half (m,), path (steps + 1, m).
-
-    draw(weights) -> samples of the product; kl(weights, samples) -> KL of each model, up to a common constant.
-    """
-    weights = torch.full((len(predictions),), 1 / len(predictions), dtype=torch.float64)
-    path, memory, unit = [weights], torch.zeros_like(weights), None
-    for step in range(args.dual_steps):
-        gap = kl(weights, draw(weights)).double().cpu()
-        unit = unit or spread(gap)
-        raw, memory = dual_update(weights, gap / unit, memory, args.dual_lr)
-        weights = project_to_simplex(raw)
-        path.append(weights)
-        progress("multipliers", step + 1, args.dual_steps)
-    return torch.stack(path[len(path) // 2 :]).mean(0), torch.stack(path)
-
-
-def spread(kl):
-    """The unit of the multipliers' steps: how far the KLs (m,) are apart at the start, at least one nat."""
-    return max((kl.max() - kl.min()).item(), 1.0)
-
-
-def primal_dual(predictions, args, rng):
-    """Algorithm 2: a network learns the product while the multipliers rise by its own KLs -> net, weights, path.
-
-    A first share of training steps at equal weights, or the KLs of an untrained network would drive the multipliers;
-    a last share at the averaged multipliers, while the learning rate falls to zero.
-    """
-    rounds, count = args.dual_steps, len(predictions)
-    levels = torch.tensor(noise_levels(), dtype=torch.float32, device=rng.device)
-
-    def draw(weights):
-        noise = torch.randn(args.samples, 2, generator=rng, device=rng.device)
-        return sample_smc(predictions, weights, noise, args.steps, rng)[0]
-
-    weights = torch.full((count,), 1 / count, dtype=torch.float64)
-    x0 = draw(weights)
-    net = Denoiser(x0.mean(0), (x0 - x0.mean(0)).std(), 96, rng)
-    optimizer = torch.optim.Adam(net.parameters(), 4e-3, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=2 * rounds * args.primal_steps)
-    path, memory, unit = [weights], torch.zeros_like(weights), None
-    for step in range(2 * rounds):  # a quarter of them warms up, a quarter settles
-        for _ in range(args.primal_steps):
-            batch = x0[torch.randint(len(x0), (512,), generator=rng, device=rng.device)]
-            optimizer.zero_grad()
-            velocity_loss(net, batch, levels, rng).mean().backward()
-            optimizer.step()
-            schedule.step()
-        if rounds // 2 <= step < 3 * rounds // 2:
-            with torch.no_grad():
-                kl = pointwise_kl(net, predictions, x0, log_snr_levels(20), rng).mean(1)
-            unit = unit or spread(kl)
-            raw, memory = dual_update(weights, kl.double().cpu() / unit, memory, args.dual_lr)
-            weights = project_to_simplex(raw)
-            path.append(weights)
-        elif step >= 3 * rounds // 2:
-            weights = torch.stack(path[len(path) // 2 :]).mean(0)
-        x0 = draw(weights)
-        progress("primal-dual", step + 1, 2 * rounds)
-    return net.requires_grad_(False), weights, torch.stack(path)
-
-
-# ---- the measures ----------------------------------------------------------------------------------------------------
-
-
-def run_methods(problem, predictions, args, rng):
-    """Every method on one problem -> {method: namespace of weights, samples x, path, log_z, kl; None without}."""
-    count, levels = len(predictions), log_snr_levels(20)
-
-    def noise(n=args.samples):
-        return torch.randn(n, 2, generator=rng, device=rng.device)
-
-    def own_kl(predict, x):
-        return pointwise_kl(predict, predictions, x, levels, rng).mean(1)
-
-    equal = torch.full((count,), 1 / count, dtype=torch.float64)
-    x, log_z = sample_smc(predictions, equal, noise(), args.steps, rng)
-    out = dict(equal=types.SimpleNamespace(weights=equal, x=x, log_z=log_z, path=None, kl=None))
-
-    weights, path = dual_ascent(
-        predictions,
-        lambda w: sample_ddim(predictions, w, noise(), args.steps, rng),
-        lambda w, x: own_kl(summed(predictions, w), x),
-        args,
-    )
-    x = sample_ddim(predictions, weights, noise(), args.steps, rng)
-    kl = own_kl(summed(predictions, weights), x)
-    out["dual_only"] = types.SimpleNamespace(weights=weights, x=x, log_z=None, path=path, kl=kl)
-
-    weights, path = dual_ascent(
-        predictions,
-        lambda w: sample_smc(predictions, w, noise(), args.steps, rng)[0],
-        lambda w, x: cross_entropy(predictions, x, levels, rng).mean(1),
-        args,
-    )
-    x, log_z = sample_smc(predictions, weights, noise(), args.steps, rng)
-    out["corrected"] = types.SimpleNamespace(weights=weights, x=x, log_z=log_z, path=path, kl=None)
-
-    net, weights, path = primal_dual(predictions, args, rng)
-    x = sample_ddim([net], torch.ones(1), noise(), args.steps, rng)
-    out["primal_dual"] = types.SimpleNamespace(weights=weights, x=x, log_z=None, path=path, kl=own_kl(net, x))
-    return out
-
-
-def compare_samplers(problem, predictions, args, rng):
-    """Samplers of the product at the exact multipliers, at equal calls of the models -> {sampler: x}, extra rows."""
-    weights, steps = problem.weights, args.budget
-    noise = torch.randn(args.samples, 2, generator=rng, device=rng.device)
-    mala, accepted = sample_langevin(predictions, weights, noise, steps, rng, metropolis=True)
-    out = dict(target=sample_grid(problem, weights, args.samples, rng),
-               ddim=sample_ddim(predictions, weights, noise, steps, rng),
-               langevin=sample_langevin(predictions, weights, noise, steps, rng)[0], mala=mala,
-               smc=sample_smc(predictions, weights, noise, steps, rng)[0])
-    return out, [row(f"mala.{problem.name}.accepted", accepted)]
-
-
-def mean_and_se(values):
-    """Independent values (G,) -> their mean and its standard error (None for a single one)."""
-    return values.mean().item(), values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
-
-
-def emd(x, y):
-    """Earth mover's distance of two sets of n points (n, d): the mean distance in the best one-to-one matching."""
-    cost = cdist(x, y)
-    return cost[linear_sum_assignment(cost)].mean()
-
-
-def emd_to_target(x, w, target, rng, repeats, size=500):
-    """Mean and standard deviation of the EMD between `size` draws of x (N, d) with weights w (N,) and of the target."""
-    pairs = []
-    for _ in range(repeats):
-        drawn = x[torch.multinomial(w, size, replacement=True, generator=rng)]
-        pairs.append((drawn.cpu().numpy(), target.sample(size, rng).cpu().numpy()))
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # scipy works outside the interpreter lock
-        values = torch.tensor(list(pool.map(lambda pair: emd(*pair), pairs)))
-    return values.mean().item(), values.std().item()
-
-
-def moment_rows(name, x, mean, cov):
-    """Rows of the sample mean and variances of x (N, 2) against the exact ones, with standard errors."""
-    rows = []
-    for axis, value, exact_mean, exact_var in zip("xy", x.double().T, mean.tolist(), cov.diagonal().tolist()):
-        rows.append(row(f"{name}.mean_{axis}", *mean_and_se(value), exact_mean))
-        rows.append(row(f"{name}.var_{axis}", *mean_and_se((value - value.mean()) ** 2), exact_var))
-    return rows
-
-
-def measure(problem, results, samplers, args, rng):
-    """All rows of a problem. Exact values are those of the product at the exact multipliers, also for equal weights."""
-    name, target = problem.name, types.SimpleNamespace(sample=lambda n, g: sample_grid(problem, problem.weights, n, g))
-    mean, cov = product_moments(problem, problem.weights)
-    u, kls = dual_function(problem, problem.weights)
-    counts = problem.weights > 1e-6
-    kkt = max((kls[counts] - u).abs().max().item(), (kls - u).max().item())
-    rows = [row(f"exact.{name}.u", u), row(f"exact.{name}.kkt_residual", kkt)]
-    rows += [row(f"exact.{name}.dual_{i + 1}", w) for i, w in enumerate(problem.weights.tolist())]
-    rows += [row(f"exact.{name}.kl_{i + 1}", v) for i, v in enumerate(kls.tolist())]
-    for method, out in results.items():
-        rows += [row(f"{method}.{name}.dual_{i + 1}", w, exact=e)
-                 for i, (w, e) in enumerate(zip(out.weights.tolist(), problem.weights.tolist()))]
-        _, kls = dual_function(problem, out.weights)  # exact, of the product that these multipliers stand for
-        rows += [row(f"{method}.{name}.kl_{i + 1}", v, exact=u) for i, v in enumerate(kls.tolist())]
-        rows.append(row(f"{method}.{name}.worst_kl", kls.max().item(), exact=u))
-        if out.kl is not None:
-            rows.append(row(f"{method}.{name}.worst_kl_estimated", out.kl.max().item(), exact=u))
-        if out.log_z is not None:
-            rows.append(row(f"{method}.{name}.dual_value", -out.log_z, exact=dual_function(problem, out.weights)[0]))
-        rows += moment_rows(f"{method}.{name}", out.x, mean, cov)
-    for sampler, x in samplers.items():
-        rows += moment_rows(f"{sampler}.{name}_samplers", x, mean, cov)
-        equal = torch.ones(len(x), device=x.device)
-        rows.append(row(f"{sampler}.{name}_samplers.emd", *emd_to_target(x, equal, target, rng, args.subsamples)))
-    return rows
-
-
-def measure_lemmas(args, rng, sizes=(10, 20, 50, 100, 200, 500, 1000), etas=(1.0, 0.5, 0.25)):
-    """Both lemmas on the first two models of `paper` and `pair`, exact scores, against the KL by quadrature."""
-    rows, sizes = [], (10, 20, 50, 100) if args.quick else sizes
-    for name in ("paper", "pair"):
-        problem = make_problem(name, rng.device)
-        p, q = problem.models[:2]
-        exact = (problem.log_q[0].exp() * (problem.log_q[0] - problem.log_q[1])).sum().item()
-        rows.append(row(f"exact.{name}_lemmas.kl", exact))
-        for size in sizes:
-            abar = [*log_snr_levels(size), 1.0]
-            x0 = p.sample(args.samples, rng)
-            value = pointwise_kl(p.predict_noise, [q.predict_noise], x0, abar[:-1], rng).mean().item()
-            rows.append(row(f"pointwise.{name}_lemmas.kl_{size}", value, exact=exact))
-            for eta in etas:
-                noise = torch.randn(x0.shape, generator=rng, device=rng.device)
-                value = pathwise_kl(p.predict_noise, [q.predict_noise], noise, abar, eta, rng)[1].mean().item()
-                method = f"pathwise_eta_{eta:.2f}".replace(".", "_")
-                rows.append(row(f"{method}.{name}_lemmas.kl_{size}", value, exact=exact))
-    return rows
-
-
-# ---- the figures -----------------------------------------------------------------------------------------------------
-
-COLORS = dict(equal="#E69F00", dual_only="#D55E00", corrected="#0072B2", primal_dual="#009E73")
-TITLES = dict(equal="equal weights", dual_only="constrained, summed score", corrected="constrained, SMC",
-              primal_dual="constrained, network")
-
-
-def draw_panels(path, problems, results):
-    """Models, then the samples of every method over the contours of the exact constrained product."""
-    figure, axes = plt.subplots(len(problems), 5, figsize=(13, 2.9 * len(problems)), squeeze=False)
-    for line, problem in zip(axes, problems):
-        side = round(len(problem.grid) ** 0.5)
-        x, y = problem.grid.view(side, side, 2).cpu().numpy().transpose(2, 0, 1)
-        p = product_on_grid(problem, problem.weights)[0].view(side, side).cpu().numpy()
-        for log_q, color in zip(problem.log_q, ("#CC79A7", "#009E73", "#56B4E9")):
-            q = log_q.exp().view(side, side).cpu().numpy()
-            line[0].contour(x, y, q, [q.max() * v for v in (0.01, 0.1, 0.6)], colors=color, linewidths=1)
-        line[0].set_title("pretrained models", fontsize=9)
-        line[0].set_ylabel(problem.name)
-        for ax, (method, title) in zip(line[1:], TITLES.items()):
-            out = results[problem.name][method]
-            ax.scatter(*out.x[:1500].T.cpu().numpy(), s=2, c=COLORS[method], alpha=0.4, linewidths=0)
-            worst = dual_function(problem, out.weights)[1].max()
-            ax.set_title(f"{title}\nworst KL {worst:.2f}, exact {problem.u:.2f}", fontsize=9)
-        for ax in line:
-            ax.contour(x, y, p, [p.max() * v for v in (0.01, 0.1, 0.6)], colors="black", linewidths=0.6)
-            ax.set(xticks=[], yticks=[], aspect="equal", xlim=(-2.5, 2.5), ylim=(-1.8, 1.8))
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-def draw_duals(path, problems, results):
-    """The multipliers against the dual step, and their path over the dual function on the simplex."""
-    figure, axes = plt.subplots(len(problems), 2, figsize=(9, 3.2 * len(problems)), squeeze=False)
-    for line, problem in zip(axes, problems):
-        paths = {m: out.path for m, out in results[problem.name].items() if out.path is not None}
-        for method, steps in paths.items():
-            line[0].plot(steps[:, 0].numpy(), color=COLORS[method], label=TITLES[method])
-            line[0].plot(steps[:, 1].numpy(), color=COLORS[method], linestyle="--")
-        for value in problem.weights[:2].tolist():
-            line[0].axhline(value, color="black", linestyle=":")
-        line[0].set(title=f"{problem.name}: first multiplier, second dashed, exact dotted", xlabel="dual step")
-        line[0].title.set_fontsize(9)
-        line[0].legend(fontsize=7)
-        if len(problem.models) == 2:
-            grid = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-            values = [dual_function(problem, torch.stack([a, 1 - a]))[0] for a in grid]
-            line[1].plot(grid.numpy(), values, color="black", linewidth=1)
-            for method, steps in paths.items():
-                line[1].plot(steps[:, 0].numpy(), [dual_function(problem, w)[0] for w in steps], "o-", markersize=3,
-                             color=COLORS[method])
-            line[1].plot(problem.weights[0], problem.u, "k*", markersize=10)
-            line[1].set(xlabel="first multiplier", ylabel="dual function D")
-        else:
-            corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]], dtype=torch.float64)
-            a, b = torch.meshgrid(*[torch.linspace(0, 1, 41, dtype=torch.float64)] * 2, indexing="ij")
-            inside = torch.stack([a, b, 1 - a - b], 2)[a + b <= 1 + 1e-9].clamp(min=0)
-            values = [dual_function(problem, w)[0] for w in inside]
-            line[1].tricontourf(*(inside @ corners).T.numpy(), values, 15, cmap="Greys_r")
-            for method, steps in paths.items():
-                line[1].plot(*(steps @ corners).T.numpy(), "o-", markersize=3, linewidth=1, color=COLORS[method])
-            line[1].plot(*(problem.weights @ corners).numpy(), "k*", markersize=10)
-            for (x, y), text in zip(corners.tolist(), "123"):
-                line[1].text(0.5 + 1.1 * (x - 0.5), 0.29 + 1.1 * (y - 0.29), text, ha="center", va="center")
-            line[1].set(xlim=(-0.1, 1.1), ylim=(-0.1, 0.98), aspect="equal")
-            line[1].axis("off")
-        line[1].set_title("dual function on the simplex, star: exact", fontsize=9)
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-def draw_lemmas(path, rows):
-    """Path-wise and point-wise KL against the number of steps."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for ax, name in zip(axes, ("paper", "pair")):
-        lines = {}
-        for r in rows:
-            method, problem, key = r["name"].split(".")
-            if problem == f"{name}_lemmas" and method != "exact":
-                lines.setdefault(method, []).append((int(key[3:]), r["estimate"], r["exact"]))
-        for (method, points), color in zip(lines.items(), ("#0072B2", "#E69F00", "#D55E00", "#CC79A7")):
-            steps, values, exact = zip(*points)
-            label = "point-wise" if method == "pointwise" else "path-wise, eta " + method[13:].replace("_", ".")
-            ax.plot(steps, values, "o-", markersize=3, color=color, label=label)
-        ax.axhline(exact[0], color="black", linestyle=":", label="KL, exact")
-        ax.set(xscale="log", yscale="log", xlabel="steps", title=f"{name}: KL of model 1 from model 2")
-        ax.title.set_fontsize(9)
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-# ---- shared: the sampler's parts, the network ------------------------------------------------------------------------
-
-
-def effective_sample_size(log_w):
-    """log_w (G, P) -> (sum w)^2 / sum w^2 (G,), between 1 and P."""
-    return (2 * log_w.logsumexp(1) - (2 * log_w).logsumexp(1)).exp()
-
-
-def log_mean_exp(log_w):
-    """log_w (G, P) -> log of the mean weight (G,)."""
-    return log_w.logsumexp(1) - math.log(log_w.shape[1])
-
-
-def resample(log_w, scheme, rng):
-    """Ancestors of P new particles in each group, log_w (G, P) -> indices (G, P); E[copies of n] = P w_n.
-
-    multinomial: P independent uniforms through the inverse distribution function; stratified: one uniform in each
-    interval of length 1/P; systematic: the same uniform in all of them; residual: floor(P w_n) copies for certain,
-    multinomial for the rest; ssp (Gerber, Chopin and Whiteley 2019): floor or floor + 1 copies by the pivotal method.
-    """
-    groups, count = log_w.shape
-    w = log_w.double().softmax(1)
-    u = torch.rand(groups, 1 if scheme == "systematic" else count, generator=rng, dtype=w.dtype, device=w.device)
-    if scheme in ("systematic", "stratified"):
-        u = (u + torch.arange(count, device=w.device)) / count
-    if scheme in ("residual", "ssp"):
-        copies = (count * w).floor()  # (G, P), and the rest is shared out by the fractional parts
-        part = count * w - copies
-        if scheme == "ssp":
-            copies += pivotal(part, u)
-        else:
-            left = count - copies.sum(1, keepdim=True)
-            drawn = invert_cdf(part, u)  # the first `left` of these count
-            use = (torch.arange(count, device=w.device) < left).to(w)
-            copies.scatter_add_(1, drawn, use)
-        slots = torch.arange(count, device=w.device).repeat(groups)
-        return slots.repeat_interleave(copies.round().long().flatten()).view(groups, count)
-    return invert_cdf(w, u)
-
-
-def invert_cdf(w, u):
-    """Smallest n with w_1 + ... + w_n > u sum(w), for w (G, P) and u (G, M) in [0, 1) -> (G, M)."""
-    cdf = w.cumsum(1)
-    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=w.shape[1] - 1)
-
-
-def pivotal(part, u):
-    """Round probabilities part (G, P), whose sums are integers, to 0 or 1 with those means, keeping the sums.
-
-    Two undecided entries play at a time: while they sum to less than 1, one takes all; else one becomes 1 and the
-    other keeps the excess. Deville and Tille (1998); u (G, P) are uniforms.
-    """
-    taken = torch.zeros_like(part)
-    last = torch.zeros(len(part), 1, dtype=torch.long, device=part.device)  # the entry still undecided, and its value
-    a = part[:, :1]
-    for n in range(1, part.shape[1]):
-        b = part[:, n : n + 1]
-        both = a + b
-        merge = both < 1
-        wins = u[:, n : n + 1] < torch.where(merge, a / both.clamp(min=1e-300), (1 - b) / (2 - both).clamp(min=1e-300))
-        new = torch.full_like(last, n)
-        winner, loser = torch.where(wins, last, new), torch.where(wins, new, last)
-        taken.scatter_add_(1, winner, (~merge).to(part))
-        last, a = torch.where(merge, winner, loser), torch.where(merge, both, both - 1)
-    return taken.scatter_add_(1, last, a.round())
-
-
-def ddim_kernel(x0_hat, eps, abar, abar_next, eta):
-    """Mean (N, ...) and standard deviation (float) of p(x_{t-1} | x_t); eta = 1 is DDPM. DDIM (Song 2021) eq. 12."""
-    sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
-    return abar_next**0.5 * x0_hat + max(1 - abar_next - sigma**2, 0.0) ** 0.5 * eps, sigma
-
-
-def noise_levels():
-    """abar of the 1000 training steps with linear beta from 1e-4 to 0.02 (Ho et al. 2020) -> list of float."""
-    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).tolist()
-
-
-class Denoiser(torch.nn.Module):
-    """Noise prediction by a tiny MLP that is safe at every noise level.
-
-    The data are normalised (mean (d,), std scalar), the network sees x_t at unit variance times 4 (features of a few
-    tenths are then within the reach of smooth units) and the log signal-to-noise ratio, and predicts the velocity v
-    of Salimans and Ho (2022), which has unit variance at every level. So x0_hat stays bounded where abar -> 0, where
-    the division by sqrt(abar) turns a plain noise prediction's error into |x0_hat| = 9 and more.
-    """
-
-    def __init__(self, mean, std, width, rng):
+class Mixture(MixtureSameFamily):
+    """sum_k w_k N(means_k, diag(vars_k)): log_w (K,), normalised here; means (K, d); vars (K, d) or broadcast to it."""
+    def __init__(self, log_w, means, vars):
+        self.log_w, self.means, self.vars = log_w.log_softmax(0), means, vars + 0 * means
+        super().__init__(Categorical(logits=log_w), Independent(Normal(means, self.vars.sqrt()), 1))
+
+    def denoise(self, x, abar):
+        """Mean and variance of x_0 given x_t = x (..., d), by coordinate -> twice (..., d)."""
+        noised = abar * self.vars + 1 - abar  # of x_t in each component
+        log_p = Independent(Normal(abar**0.5 * self.means, noised.sqrt()), 1).log_prob(x[..., None, :])
+        share = (self.log_w + log_p).softmax(-1)[..., None]  # (..., K, 1)
+        means = (abar**0.5 * self.vars * x[..., None, :] + (1 - abar) * self.means) / noised
+        mean = (share * means).sum(-2)
+        return mean, (share * ((means - mean[..., None, :]) ** 2 + (1 - abar) * self.vars / noised)).sum(-2)
+
+    def tilt(self, slope, curvature):
+        """The mixture times exp(sum_d slope x - curvature x^2 / 2), slope and curvature (d,) -> Mixture, log Z."""
+        grow = 1 + curvature * self.vars  # by completing the square
+        means = (self.means + slope * self.vars) / grow
+        log_w = self.log_w + ((means**2 * grow - self.means**2) / self.vars - grow.log()).sum(1) / 2
+        return Mixture(log_w, means, self.vars / grow), log_w.logsumexp(0).item()
+
+class Problem:
+    """Gaussian models q_i; in closed form their product, its KLs, and the multipliers whose largest KL is least."""
+    def __init__(self, name, positions):
+        table = [MODELS[name][hour] for hour in positions] if name == "ring" else MODELS[name]
+        self.name = "_".join([name, *map(str, positions * (name == "ring"))])
+        self.models = [Mixture(torch.zeros(1), torch.tensor([[x, y]]), var) for x, y, var in table]
+        table = torch.tensor(table, dtype=torch.float64, device="cpu")
+        self.gaussians = Normal(table[:, :2], table[:, 2:].sqrt())
+        found = minimize(lambda v: -v @ self.product(torch.from_numpy(v))[1].numpy(), [1 / len(table)] * len(table),
+                         tol=1e-14, bounds=[(0, 1)] * len(table), constraints=dict(type="eq", fun=lambda v: sum(v) - 1))
+        self.dual = torch.from_numpy(found.x)
+
+    def product(self, dual):
+        """prod_i q_i^dual_i / Z as a Normal (2,), KL(it || q_i) (m,), nats. Precisions add; -log Z = dual @ KLs."""
+        precision = dual[:, None] / self.gaussians.variance
+        p = Normal((precision * self.gaussians.mean).sum(0) / precision.sum(0), precision.sum(0).rsqrt())
+        return p, kl_divergence(p, self.gaussians).sum(1)
+
+# ---- the method ------------------------------------------------------------------------------------------------------
+
+def systematic(log_w):
+    """Ancestors of P new particles in each group, (G, P) -> (G, P): P w_n copies of n, rounded without bias."""
+    cdf = log_w.double().softmax(1).cumsum(1)
+    u = (torch.rand(len(cdf), 1).double() + torch.arange(cdf.shape[1])) / cdf.shape[1]
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+
+def smc(step, state, steps, ess=0.5):
+    """Sequential Monte Carlo in G independent groups of P particles -> state, log_w (G, P).
+    state: all that is known of each particle, tensors (G, P, ...); its log_twist (G, P) forecasts the final log weight.
+    step(state, i) -> the next state, log_ratio (G, P): log p - log q of a draw from q, or any other weight of the step.
+    exp(log_w) averages to Z over groups, without bias for any P and twist, if the last twist is exact, no forecast."""
+    log_w = state["log_twist"]
+    groups, slots = torch.arange(len(log_w))[:, None], torch.arange(log_w.shape[1])
+    for i in range(steps):
+        due = 1 / log_w.softmax(1).square().sum(1, keepdim=True) < ess * len(slots)  # (G, 1): low effective size
+        ancestors = torch.where(due, systematic(log_w), slots)
+        log_w = torch.where(due, log_w.logsumexp(1, keepdim=True) - math.log(len(slots)), log_w)  # keep the mean, Z
+        state = {name: value[groups, ancestors] for name, value in state.items()}  # what is known moves along
+        before = state["log_twist"]
+        state, log_ratio = step(state, i)
+        log_w = log_w - before + log_ratio + state["log_twist"]
+    return state, log_w
+
+def kernel(x, x0_hat, var, a, b):
+    """Mean and variance of x_{t-1} given x_t = x, signal powers b and a: DDPM's, averaged over x_0 ~ N(x0_hat, var)."""
+    keep, fresh = (a / b) ** 0.5 * (1 - b) / (1 - a), b**0.5 * (1 - a / b) / (1 - a)
+    return keep * x + fresh * x0_hat, (1 - b) / (1 - a) * (1 - a / b) + fresh**2 * var
+
+def compose(models, dual, abar, shape):
+    """Samples of prod_i q_i^dual_i / Z in groups: x (G, P, 2), log_q (G, P, m) of their paths by models, log Z (G,).
+    prod_i N(mean_i, var_i)^dual_i = C_t N(mean, var): draws are from N, and C_t(x_t) is the weight of the step."""
+    share = dual.to(torch.ones(())).view(-1, 1, 1, 1)
+
+    def step(state, i):
+        x0_hat, var = map(torch.stack, zip(*(q(state["x"], abar[i]) for q in models)))  # (m, G, P, 2)
+        means, vars = kernel(state["x"], x0_hat, var, abar[i], abar[i + 1])
+        var = 1 / (share / vars).sum(0)
+        mean = var * (share * means / vars).sum(0)
+        log_c = (var.log() - (share * (vars.log() + (means - mean) ** 2 / vars)).sum(0)).sum(-1) / 2
+        x = mean + var.sqrt() * torch.randn_like(mean)
+        log_q = Normal(means, vars.sqrt()).log_prob(x).sum(-1).movedim(0, -1)
+        return dict(state, x=x, log_q=state["log_q"] + log_q), log_c
+    start = dict(x=torch.randn(*shape, 2), log_twist=torch.zeros(shape), log_q=torch.zeros(*shape, len(dual)).double())
+    state, log_w = smc(step, start, len(abar) - 1)
+    equal = torch.arange(shape[0])[:, None], systematic(log_w)  # resampled once more: all weights are equal
+    return state["x"][equal], state["log_q"][equal], log_w.double().logsumexp(1) - math.log(shape[1])
+
+def pointwise_kl(forecast, models, x0):
+    """Lemma 2: KL(p || q_i) -> (m,), from samples x0 (N, 2) of p and its forecast(x, abar) of x_0: the integral of
+    E|x0_hat - x0_hat_i|^2 / 2 over the signal-to-noise ratio abar / (1 - abar), at points even in its logarithm."""
+    kls = 0
+    for a in torch.arange(-8.0, 9.0).sigmoid().tolist():
+        x = a**0.5 * x0 + (1 - a) ** 0.5 * torch.randn_like(x0)
+        gaps = torch.stack([forecast(x, a)[0] - q(x, a)[0] for q in models])
+        kls += gaps.square().sum(2).mean(1).double().cpu() / 2 * a / (1 - a)
+    return kls
+
+def run(method, problem, models, abar, shape, rounds, net_steps):
+    """One method -> multipliers by round (rounds + 1, m), their average (m,), its samples (G, P, 2) and log Z (G,)."""
+    path, forecast = [problem.dual if method == "exact" else torch.full_like(problem.dual, 1 / len(models))], None
+    for left in reversed(range(1 if method in ("equal_weights", "exact") else 1 + rounds)):
+        dual = path[-1] if left else torch.stack(path[len(path) // 2 :]).mean(0)
+        x, log_q, log_z = compose(models, dual, abar, shape)
+        if method == "algorithm_2":  # a network that learns the product from its samples
+            x0 = x.flatten(0, 1)
+            data = SimpleNamespace(mean=x0.mean(0), variance=x0.var(0), sample=lambda n: x0[torch.randint(len(x0), n)])
+            forecast = pretrain(data, net_steps, 256)
+        elif method == "algorithm_3":  # the summed score, as if it were the product's
+            def forecast(x, a):
+                return [sum(w * v for w, v in zip(dual.tolist(), values)) for values in zip(*(q(x, a) for q in models))]
+        if forecast:
+            x = compose([forecast], torch.ones(1), abar, shape)[0]
+        if left:
+            kls = pointwise_kl(forecast, models, x.flatten(0, 1)) if forecast else -log_q.mean((0, 1)).cpu()
+            path.append(dual_step(dual, kls, log_q.flatten(0, 1).T.cov().cpu(), simplex=True))
+    return torch.stack(path), dual, x, log_z
+
+def dual_step(dual, slack, curvature, simplex):
+    """Multipliers (m,) half way to the maximum of the dual function's quadratic expansion: slack (m,) is its gradient,
+    -curvature (m, m) its Hessian; over dual >= 0, of sum one on the simplex. Half way halves the noise of estimates."""
+    unit = slack.abs().max() + curvature.abs().max()  # the solver wants numbers of order one
+
+    def loss(v):
+        v = torch.from_numpy(v) - dual
+        return float((v @ curvature @ v / 2 - v @ slack) / unit)
+
+    found = minimize(loss, dual.numpy(), method="SLSQP", bounds=[(0, None)] * len(dual), options=dict(ftol=1e-12),
+                     constraints=[dict(type="eq", fun=lambda v: v.sum() - 1)] * simplex)
+    return (dual + torch.from_numpy(found.x).clamp(min=0)) / 2
+
+# ---- the network; measures, figure, main -----------------------------------------------------------------------------
+
+def signal_power(u):
+    """abar at u, from 1 (noise, abar = 4e-5) to 0 (data, abar = 1), even in the angle arccos sqrt(abar)."""
+    return (1.5645 * u).cos() ** 2
+
+class Denoiser(nn.Module):
+    """(x (..., d), abar) -> mean, variance of x_0 given x_t (..., d). Learns the velocity: so x0_hat stays bounded."""
+    def __init__(self, data, width=96):
         super().__init__()
-        sizes = [len(mean) + 1, width, width, width, len(mean)]
-        layers = [torch.nn.Linear(a, b, device=rng.device) for a, b in zip(sizes, sizes[1:])]
-        for layer in layers:  # PyTorch's own initialisation, from our generator; the biases must not start at zero
-            for value in layer.parameters():
-                torch.nn.init.uniform_(value, -(layer.in_features**-0.5), layer.in_features**-0.5, generator=rng)
-        self.mlp = torch.nn.Sequential(*[m for layer in layers for m in (layer, torch.nn.SiLU())][:-1])
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-
-    def normalise(self, x, abar):
-        """x (N, d), abar a float or (N, 1) -> unit-variance x, and cos, sin with x = cos x_0 + sin eps there."""
-        abar = torch.as_tensor(abar, device=x.device, dtype=x.dtype).expand(len(x), 1)
-        scale = (abar * self.std**2 + 1 - abar) ** -0.5
-        return (x - abar.sqrt() * self.mean) * scale, abar.sqrt() * self.std * scale, (1 - abar).sqrt() * scale
-
-    def velocity(self, unit, cos, sin):
-        """v = cos eps - sin x_0 for normalised x_0."""
-        return self.mlp(torch.cat([4 * unit, (cos / sin).log() / 2], 1))
+        self.mean, self.std, d = data.mean, data.variance.mean().sqrt(), len(data.mean)
+        self.mlp = nn.Sequential(nn.Linear(d + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                 nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * d))
 
     def forward(self, x, abar):
-        """x (N, d), abar a float or (N, 1) -> E[eps | x_t = x] (N, d)."""
-        unit, cos, sin = self.normalise(x, abar)
-        return sin * unit + cos * self.velocity(unit, cos, sin)
+        abar = torch.as_tensor(abar, dtype=x.dtype).expand(*x.shape[:-1], 1)
+        scale = (abar * self.std**2 + 1 - abar).rsqrt()
+        cos, sin = abar.sqrt() * self.std * scale, (1 - abar).sqrt() * scale
+        x = scale * (x - abar.sqrt() * self.mean)  # = cos (x_0 - mean) / std + sin eps
+        v, log_var = self.mlp(torch.cat([4 * x, (cos / sin).log() / 2], -1)).chunk(2, -1)
+        return self.mean + self.std * (cos * x - sin * v), (self.std * sin) ** 2 * log_var.exp()
 
-
-def velocity_loss(net, x0, abar, rng):
-    """Mean squared error of the velocity at x0 (N, d), noised to random levels among abar (T,) -> (N,)."""
-    eps = torch.randn(x0.shape, generator=rng, device=rng.device)
-    level = abar[torch.randint(len(abar), (len(x0), 1), generator=rng, device=rng.device)]
-    unit, cos, sin = net.normalise(level.sqrt() * x0 + (1 - level).sqrt() * eps, level)
-    v = cos * eps - sin * (x0 - net.mean) / net.std
-    return ((net.velocity(unit, cos, sin) - v) ** 2).mean(1)
-
-
-def train_denoiser(sample, abar, steps, rng, width=96, batch=2048, lr=8e-3):
-    """Velocity regression on fresh draws of sample(n, rng) -> (n, d) at uniform time steps -> Denoiser."""
-    x0 = sample(100_000, rng)
-    net = Denoiser(x0.mean(0), (x0 - x0.mean(0)).std(), width, rng)
-    levels = torch.tensor(abar, device=rng.device, dtype=x0.dtype)
-    optimizer = torch.optim.Adam(net.parameters(), lr, betas=(0.9, 0.99), fused=True)
-    # at least 21: with fewer, the warm-up has no step, and OneCycleLR divides by zero
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 21), pct_start=0.05)
-    for step in range(steps):
+def descend(net, loss, steps, lr):
+    """Adam on loss(), a function without arguments, with one cycle of the learning rate -> net, frozen."""
+    optimizer = torch.optim.Adam(net.requires_grad_(True).parameters(), lr, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.051)
+    for _ in range(steps):
         optimizer.zero_grad()
-        velocity_loss(net, sample(batch, rng), levels, rng).mean().backward()
+        loss().backward()
         optimizer.step()
         schedule.step()
-        progress("training", step + 1, steps)
     return net.requires_grad_(False)
 
+def pretrain(data, steps, batch=1024):
+    """Least squares of the velocity, likelihood for the variance on the detached mean, at random levels -> Denoiser."""
+    net = Denoiser(data)
+    def loss():
+        x0, abar = data.sample((batch,)), signal_power(torch.rand(batch, 1).clamp(min=0.01))
+        mean, var = net(abar.sqrt() * x0 + (1 - abar).sqrt() * torch.randn_like(x0), abar)
+        of_velocity = (mean - x0) ** 2 * (abar / (1 - abar) + 1 / net.std**2)
+        return of_velocity.mean() + nn.functional.gaussian_nll_loss(mean.detach(), x0, var)
+    return descend(net, loss, steps, 6e-3)
 
-def cached_denoiser(folder, settings, sample, abar, device):
-    """The network with these settings (a flat dict with steps and seed), from `folder`, or trained and stored there.
+def measure(method, problem, dual, x, log_z):
+    """Rows of a method. Exact are the best multipliers and their worst KL; else the product's at the method's own."""
+    p, kls = problem.product(dual)
+    rows = [(f"multiplier_{i + 1}", v, None, e) for i, (v, e) in enumerate(zip(dual, problem.dual))]
+    rows += [("worst_kl", kls.max(), None, problem.product(problem.dual)[1].max())]
+    for name, v, exact in ("mean_x", x, p.mean), ("var_x", (x - x.mean((0, 1))) ** 2, p.variance):
+        rows += [(name, v[..., 0].mean(), v[..., 0].mean(1).std() / len(v) ** 0.5, exact[0])]
+    se = log_z.std() / len(log_z) ** 0.5  # says nothing where the variances agree: C_t is a constant
+    rows += [("dual_value", math.log(len(log_z)) - log_z.logsumexp(0), se if se > 0.01 else None, dual @ kls)]
+    return [(problem.name, method, *row) for row in rows]
 
-    Training draws from a generator of its own: a run gives the same numbers whether or not the network was there.
-    """
-    text = json.dumps(settings, sort_keys=True)
-    path = folder / f"denoiser-{hashlib.sha256(text.encode()).hexdigest()[:12]}.pt"
-    if not path.exists():
-        net = train_denoiser(sample, abar, settings["steps"], torch.Generator(device).manual_seed(settings["seed"]))
-        write_atomically(path, lambda part: torch.save({"settings": text, "state": net.state_dict()}, part))
-    try:
-        stored = torch.load(path, map_location=device, weights_only=True)
-        if stored["settings"] != text:
-            fail(f"{path} was trained with other settings ({stored['settings']}): delete it to train again.")
-        state = stored["state"]
-        net = Denoiser(state["mean"], state["std"], len(state["mlp.0.bias"]), torch.Generator(device))
-        net.load_state_dict(state)
-    except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fail(f"{path} is no network of this script ({type(error).__name__}): delete it to train again.")
-    return net.requires_grad_(False)
-
-
-# ---- shared: command line and files ----------------------------------------------------------------------------------
-
-
-def common_parser(doc):
-    """The flags that every script has, in the same order; a bad flag ends in one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{parser.prog}: {message}")
-    parser.add_argument("--seed", type=int, default=0)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="coarse, in seconds")
-    size.add_argument("--paper", action="store_true", help="the paper's sizes")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of results and caches")
-    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
-    return parser
-
-
-def device(text):
-    """An argparse type: a device of PyTorch that this machine has."""
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine") from error
-    return text
-
-
-def results_folder(args, script):
-    """The folder of a script's results, `out`/<folder>_<script>; made now, so that a bad path costs no work."""
-    path = args.out / script
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{path} cannot be made: {error.strerror}")
-    return path
-
-
-def positive(kind):
-    """An argparse type: a number of this kind (int or float) above zero."""
-
-    def parse(text):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be above zero, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
-def fail(message):
-    """End with one sentence on stderr and exit code 2."""
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
-
-
-def progress(label, done, total):
-    """A line on stderr that counts up."""
-    if done == total or done % max(1, total // 20) == 0:
-        print(f"\r{label} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-
-def write_atomically(path, write):
-    """Call write(path of a temporary file), then rename: an interrupted run leaves no half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"part-{path.name}")  # the suffix stays, matplotlib reads the format from it
-    write(part)
-    os.replace(part, path)
-
-
-def save_figure(figure, path, dpi=100):
-    """Write a figure as a PNG with a palette of 128 colours, which is a third of the size, and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi)
-    plt.close(figure)
-    picture = Image.open(buffer).convert("RGB").quantize(128)
-    write_atomically(path, lambda part: picture.save(part, optimize=True))
-
-
-def row(name, estimate, se=None, exact=None, reference=None):
-    """A line of numbers.json. z is against `reference` (value, standard error) where there is one, else `exact`."""
-    value, value_se = reference or (exact, 0.0)
-    z = (estimate - value) / math.hypot(se, value_se) if se and value is not None else None
-    return dict(name=name, estimate=estimate, se=se, exact=exact, reference=reference and reference[0], z=z)
-
-
-def write_numbers(path, args, rows, evaluations, seconds):
-    """numbers.json: the arguments, the rows and what the run cost."""
-    args = {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in vars(args).items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "matplotlib")}
-    record = dict(args=args, rows=rows, network_evaluations=evaluations, seconds=round(seconds, 1),
-                  peak_memory_mb=round(peak), versions=dict(python=sys.version.split()[0], **versions))
-    write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
-    print(f"results: {path.parent}", file=sys.stderr)
-
-
-def print_table(rows, problem, keys):
-    """The rows named method.problem.key: a line a method, a column a key; estimate±se, and z in brackets."""
-    table = {r["name"]: r for r in rows}
-    methods = list(dict.fromkeys(name.split(".")[0] for name in table if name.split(".")[1] == problem))
-
-    def cell(r):
-        if r is None:
-            return ""
-        text = f"{r['estimate']:,}" if isinstance(r["estimate"], int) else f"{r['estimate']:.3f}"
-        return text + (f"±{r['se']:.3f}" if r["se"] else "") + (f" ({r['z']:+.1f})" if r["z"] is not None else "")
-
-    lines = [[m, *(cell(table.get(f"{m}.{problem}.{key}")) for key in keys)] for m in methods]
-    lines = [[problem, *keys]] + [line for line in lines if any(line[1:])]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines if len(lines) > 1 else []:
-        print(line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:])), sep="  ")
-    print()
-
-
-# ---- main ------------------------------------------------------------------------------------------------------------
-
+def draw(results):
+    """Samples of each method over the best product (line) and the models (dotted), two sigma; multipliers by round."""
+    figure, angle = Figure((9, 2.1 * len(results)), layout="constrained"), torch.linspace(0, 7, 99, device="cpu")
+    circle = 2 * torch.stack([angle.cos(), angle.sin()], 1)[:, None]
+    for line, (problem, found) in zip(figure.subplots(len(results), len(METHODS), squeeze=False), results.items()):
+        for ax, (method, (path, dual, x, _)) in zip(line, list(found.items())[:-1]):
+            ax.scatter(*x.flatten(0, 1)[:1000].T.cpu(), s=2, c=METHODS[method], alpha=0.5, linewidths=0)
+            for q, style in [(problem.product(problem.dual)[0], "k-"), (problem.gaussians, "k:")]:
+                ax.plot(*(q.mean + q.stddev * circle).movedim(2, 0), style, linewidth=0.7)
+            ax.set_title(f"{method}\nworst KL {problem.product(dual)[1].max():.1f}")
+            ax.set(xticks=[], yticks=[], aspect="equal", xlim=(-2.7, 2.7), ylim=(-2.7, 2.7))
+            line[-1].plot(path, c=METHODS[method])
+        line[-1].hlines(problem.dual, 0, len(path) - 1, "k", "dotted")
+        line[-1].set(title="multipliers\nby round", ylim=(0, 1))
+        line[0].set(ylabel=problem.name)
+    return figure
 
 def main(args):
-    """Solve every problem exactly and by every method, write figures and numbers.json -> {row name: estimate}."""
-    start, out = time.perf_counter(), results_folder(args, "toy_and_composition")
-    rng = torch.Generator(args.device).manual_seed(args.seed)
-    problems = [make_problem(name, rng.device) for name in args.problem]
-    rows, results, calls = [], {}, 0
-    for problem in problems:
-        predictions = [model.predict_noise for model in problem.models]
-        if args.score == "mlp":
-            settings = [dict(model=f"and {problem.name} {i}", steps=args.train_steps, seed=args.seed)
-                        for i in range(len(predictions))]
-            predictions = [cached_denoiser(args.out / "cache", s, model.sample, noise_levels(), rng.device)
-                           for s, model in zip(settings, problem.models)]
-        predictions = [Counted(f) for f in predictions]
-        results[problem.name] = run_methods(problem, predictions, args, rng)
-        samplers, extra = compare_samplers(problem, predictions, args, rng)
-        rows += measure(problem, results[problem.name], samplers, args, rng) + extra
-        calls += sum(f.calls for f in predictions)
-    rows += measure_lemmas(args, rng)
-    draw_panels(out / "figure.png", problems, results)
-    draw_duals(out / "duals.png", problems, results)
-    draw_lemmas(out / "lemmas.png", rows)
-    write_numbers(out / "numbers.json", args, rows, calls, time.perf_counter() - start)
-    for problem in problems:
-        duals = [f"dual_{i + 1}" for i in range(len(problem.models))]
-        print_table(rows, problem.name, [*duals, "worst_kl", "worst_kl_estimated", "dual_value", "u", "kkt_residual"])
-        print_table(rows, problem.name, ["mean_x", "mean_y", "var_x", "var_y"])
-        print_table(rows, f"{problem.name}_samplers", ["mean_x", "mean_y", "var_x", "var_y", "emd"])
-    for name in ("paper", "pair"):
-        print_table(rows, f"{name}_lemmas", ["kl", *(f"kl_{size}" for size in (10, 20, 50, 100, 200, 500, 1000))])
-    return {r["name"]: r["estimate"] for r in rows}
+    started, results, rows, (*shape, steps, rounds, train_steps, net_steps) = time.time(), {}, [], args.size
+    torch.manual_seed(args.seed)
+    torch.set_default_device(args.device)
+    if rounds < 12:
+        print("COARSE: --quick shows that everything runs; its numbers mean nothing.")
+    abar = signal_power(torch.linspace(1, 0, steps + 1)).tolist()
+    for problem in (Problem(name, args.positions) for name in args.problem):
+        models = [q.denoise if args.score == "exact" else pretrain(q, train_steps, 256) for q in problem.models]
+        results[problem] = {method: run(method, problem, models, abar, shape, rounds, net_steps) for method in METHODS}
+        rows += [row for method, found in results[problem].items() for row in measure(method, problem, *found[1:])]
+    report(args, rows, started, lambda: draw(results))
 
+def checked(parser, args):
+    """The flags; what cannot work is said in one sentence before any work."""
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not 0 < value + (name == "seed") < 1e9:
+            parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / ".writable").touch()  # or it is said now, not after all the work
+    except OSError as error:
+        parser.error(f"--out: {error}")
+    return args
+
+def report(args, rows, started, draw):
+    """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
+    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
+    rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
+    print(("{:12} {:20} {:16}" + 4 * "{:>11}").format(*names, "z"))
+    for *words, estimate, se, exact in rows:
+        z = (estimate - exact) / se if se and None not in (estimate, exact) else None
+        cells = ("" if v is None else f"{v:.3f}" for v in (estimate, se, exact, z))
+        print(("{:12} {:20} {:16}" + 4 * "{:>11}").format(*words, *cells))
+    record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
+    part.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False))
+    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
+    draw().savefig(part, dpi=100, format="png")
+    part.replace(args.out / "figure.png")
 
 if __name__ == "__main__":
     main(parse_args())
