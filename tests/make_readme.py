@@ -275,7 +275,21 @@ def gallery():
     return table(["figure", "script", "command", "minutes", "ours", "official code", "paper", "exact"], rows)
 
 
-TOY = []
+TOY = [  # figure, script, command, minutes of one core, what, its row, digits, official code, paper, row of the floor
+    ("DAS Fig. 1", "das", "toy/das.py", "0.7", "EMD, gmm2", ("gmm2", "das", "emd"), 2, "0.98 to 1.16", "",
+     ("gmm2", "exact", "emd")),
+    ("Constrained Fig. 1", "and_composition", "toy/and_composition.py", "1.2", "variance of the product",
+     ("paper", "smc", "var_x"), 3, "0.27"),
+    ("Constrained Fig. 2", "or_composition", "toy/or_composition.py", "1", "weight of data set 1, elbo",
+     ("paper", "elbo", "weight_1"), 3),
+    ("Constrained Fig. 3, 4", "constrained_alignment", "toy/constrained_alignment.py", "1.2", "multiplier 1, competing",
+     ("competing", "constrained", "multiplier_1")),
+    ("MSDDA", "msdda", "toy/msdda.py", "1", "E[r2] at (1/2, 1/2), the paper's merge",
+     ("ring_0.5_0.5", "msdda", "mean_reward_2")),
+    ("DAV, in 2D", "dav", "toy/dav.py", "1.3", "E[r] after 8 rounds", ("equal", "dav", "mean_reward_round_8")),
+    ("DAS Fig. 1, DAV Fig. 2", "compare", "toy/compare.py", "6", "EMD of DAV, 8 rounds, gmm2", ("gmm2", "dav_8", "emd"),
+     2, "", "", ("gmm2", "exact_1", "emd")),
+]
 
 TABLES = {"gallery": gallery, "dna base": dna_base, "dna das": dna_das, "dna exact": dna_exact,
           "dna compare": dna_compare, "sd das": sd_das, "sd compare": sd_compare, "sd alignment": sd_alignment,

@@ -1,5 +1,4 @@
 """toy/ddpo.py and toy/draft.py: KL of paths, gradients of both losses, optimum that is reached, counted calls."""
-import copy
 import json
 import math
 import types
@@ -13,7 +12,7 @@ SCRIPTS = ["ddpo", "draft"]
 ABAR = [4e-5, 0.1, 0.4, 0.8, 1.0]
 
 class Affine(nn.Module):
-    """x0_hat = gain x + shift, variance exp(log_var), with numbers of their own at every level: all is in closed form."""
+    """x0_hat = gain x + shift, variance exp(log_var), with numbers of its own at every level: all in closed form."""
 
     def __init__(self, seed, abar=ABAR):
         super().__init__()
@@ -121,7 +120,7 @@ def test_full_gradient_is_that_of_finite_differences():
 def test_clip_stops_only_what_has_gone_far_enough(log_ratio, advantage, moves):
     module, net = load("toy/ddpo.py"), Affine(0)
     batch = module.collect(net, Affine(1), reward, torch.randn(20, 2).double(), ABAR)
-    batch["log_p"], batch["advantage"] = batch["log_p"] - log_ratio, torch.full_like(batch["advantage"], float(advantage))
+    batch |= dict(log_p=batch["log_p"] - log_ratio, advantage=torch.full_like(batch["log_p"], float(advantage)))
     assert (gradient(module.ddpo(net, batch, clip=0.2, kl=0.0), net).abs().max() > 0) == moves
 
 def test_advantages_have_no_mean_and_know_the_kl_to_come():
@@ -136,17 +135,15 @@ def test_advantages_have_no_mean_and_know_the_kl_to_come():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_tuning_reaches_minus_log_z_where_gaussian_steps_can(script):
-    module, a, c, weight = load(f"toy/{script}.py"), torch.tensor([1.0, 0.2]), 0.5, 0.5
+    module, a, c, weight = load(f"toy/{script}.py"), torch.tensor([1.0, 0.2]), 0.5, 0.5  # as in reward()
     data = module.Mixture(torch.zeros(1), torch.tensor([[1.0, -1.0]]), 0.5)
     tilted, log_z = data.tilt(2 * a * c / weight, 2 * a / weight)
     optimum = (a * c**2).sum().item() / weight - log_z
-    base, nets = Affine(0), []
-    for mixture in (data, tilted):  # the exact network of one Gaussian is affine
-        net = copy.deepcopy(base)
+    nets = Affine(0), Affine(0)
+    for net, mixture in zip(nets, (data, tilted)):  # the exact network of one Gaussian is affine
         for i, level in enumerate(ABAR[:-1]):
             (low, high), var = mixture.denoise(torch.stack([torch.zeros(2), torch.ones(2)]), level)
             net.numbers.data[i] = torch.stack([high - low, low, var[0].log()])
-        nets.append(net)
     assert objective(module, nets[1], nets[0], weight).item() == pytest.approx(optimum, abs=0.01)
     args = types.SimpleNamespace(updates=300, batch=256, abar=ABAR, steps=4, lr=0.05, reuse=4, clip=0.2)
     problem = types.SimpleNamespace(data=data, reward=reward, kl_weight=weight)
@@ -154,7 +151,7 @@ def test_tuning_reaches_minus_log_z_where_gaussian_steps_can(script):
     net, history, calls = module.run(f"{script}_kl", problem, nets[0].requires_grad_(False), args)
     reached = objective(module, net, nets[0], weight).item()
     assert optimum - 1e-4 < reached < optimum + 0.02 < history[0][2] - 0.5
-    forwards = net.states + nets[0].states - 4 * 2 * 4  # less the probes of objective(): twice 4 steps, 2 networks, 2 states
+    forwards = net.states + nets[0].states - 4 * 2 * 4  # less those of objective(): twice 4 steps, 2 networks, 2 states
     assert calls == forwards + 2 * 256 * 4 * 300 * (2 if script == "draft" else 1)
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -95,44 +95,51 @@ def test_the_local_search_drops_its_weights():
 # ---- the M-step ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def losses(monkeypatch, found, net, **options):
     """The network that an M-step would train, and its loss."""
     monkeypatch.setattr(dav, "descend", lambda new, loss, updates, lr: (new.requires_grad_(True), loss))
     return dav.m_step(net, net, found, LEVELS, 1, **options)
 
 
-def test_weights_of_one_change_nothing(monkeypatch):
+def test_weights_of_one_change_nothing(monkeypatch, double):
     torch.manual_seed(3)
-    net = Tilt().double()
-    net.theta.data = torch.tensor([0.3, -0.2]).double()
-    found = dav.search(net.requires_grad_(False), lambda x: 0 * x[..., 0], torch.randn(1, 500, 2).double(), LEVELS, 1.0)
+    net = Tilt()
+    net.theta.data = torch.tensor([0.3, -0.2])
+    found = dav.search(net.requires_grad_(False), lambda x: 0 * x[..., 0], torch.randn(1, 500, 2), LEVELS, 1.0)
     for ours in (1, 0):
         new, loss = losses(monkeypatch, found, net, ours=ours)
         loss().backward()
         assert (new.theta.grad.norm() < 1e-10) == bool(ours)  # the paper's loss has the noise of x_next
 
 
-def test_both_losses_have_the_same_mean(monkeypatch):
+def test_both_losses_have_the_same_mean(monkeypatch, double):
     """Up to a constant, wherever the new network is: their difference at two networks is one, by z over batches."""
     torch.manual_seed(4)
-    net = Tilt().double().requires_grad_(False)
-    found = dav.search(net, lambda x: x.sum(-1), torch.randn(1, 200_000, 2).double(), LEVELS, 1.0)
-    values = torch.zeros(2, 2, 200).double()
+    net = Tilt().requires_grad_(False)
+    found = dav.search(net, lambda x: x.sum(-1), torch.randn(1, 100_000, 2), LEVELS, 4.0)
+    values = torch.zeros(2, 2, 100)
     for ours in (0, 1):
-        for i, theta in enumerate((0.0, 0.7)):
+        for i, theta in enumerate((0.0, 0.25)):
             new, loss = losses(monkeypatch, found, net, ours=ours, batch=4096)
             new.theta.data[:] = theta
             torch.manual_seed(5)  # the same batches
             with torch.no_grad():
-                values[ours, i] = torch.stack([loss() for _ in range(200)])
+                values[ours, i] = torch.stack([loss() for _ in range(100)])
     difference = values[1, 1] - values[1, 0] - values[0, 1] + values[0, 0]
-    assert abs(difference.mean() / (difference.std() / 200**0.5)) < 5
+    assert abs(difference.mean() / (difference.std() / 100**0.5)) < 5
     gain = values[:, 1] - values[:, 0]
     assert gain[1].std() < 0.6 * gain[0].std() and gain.mean(1).max() < 0  # a step along the reward pays, and ours sees it
 
 
 ROUNDS = dict(  # reward x_0 - x_1 / 2 at kl_weight 4: round k has theta k (1, -.5) / 4; with kl the end is 1 / kl of that
-    dav=(dict(), 3, 3.0), paper=(dict(ours=0), 3, 3.0), local=(dict(children=4), 3, 3.0), kl=(dict(kl=1.0), 5, 1.0),
+    dav=(dict(), 2, 2.0), paper=(dict(ours=0), 1, 1.0), local=(dict(children=4), 1, 1.0), kl=(dict(kl=1.0), 4, 15 / 16),
     one=(dict(kl=1.0), 1, 0.5))
 
 
@@ -140,13 +147,13 @@ ROUNDS = dict(  # reward x_0 - x_1 / 2 at kl_weight 4: round k has theta k (1, -
 def test_rounds_are_known_in_closed_form(name):
     options, rounds, times = ROUNDS[name]
     torch.manual_seed(6)
-    args = types.SimpleNamespace(kl_weight=4.0, rounds=rounds, particles=20_000, updates=200)
-    abar = das.signal_power(torch.linspace(1, 0, 33)).tolist()
+    args = types.SimpleNamespace(kl_weight=4.0, rounds=rounds, particles=40_000 if rounds == 1 else 8000, updates=300)
+    abar = das.signal_power(torch.linspace(1, 0, 17)).tolist()
     runs = list(dav.dav(Tilt().requires_grad_(False), lambda x: x[..., 0] - x[..., 1] / 2, abar, args, **options))
     expected = times * torch.tensor([1.0, -0.5]) / 4
     assert (runs[-1][0].theta - expected).abs().max() < 0.06
     if not options:  # log E_k[exp(r / 4)] of N(k g, 1), g = (1, -.5) / 4
-        assert abs(runs[-1][1]["elbo"] - 3.5 * (expected / 3).square().sum()) < 0.05
+        assert abs(runs[-1][1]["elbo"] - 2.5 * (expected / 2).square().sum()) < 0.05
 
 
 # ---- exact answers, the whole script ---------------------------------------------------------------------------------
@@ -168,13 +175,13 @@ def test_the_grid_is_right():
 
 
 def test_the_fixed_point_is_right():
-    """Without end of kl it is the forecast of the data; for a Gaussian and a slope, the slope over kl_weight and kl."""
+    """With much kl it is the forecast of the data; for a Gaussian and a slope, the slope over kl_weight and kl."""
     torch.manual_seed(7)
     problem, x = dav.Problem("equal", 4.0), 4 * torch.rand(1, 1, 500, 2) - 2
     for abar in (0.1, 0.5, 0.8):
         exact = das.Mixture(torch.zeros(8), problem.means, torch.full((8, 2), 0.09)).denoise(x, abar)
         for found, expected in zip(problem.fixed_point(1e6)(x, abar), exact):
-            assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+            assert (found - expected).abs().mean() < 0.01 * expected.abs().max()  # what is left is interpolation
     problem.data = das.Mixture(torch.zeros(1), torch.zeros(1, 2), torch.full((1, 2), 0.5))
     problem.reward = lambda x: x[..., 0] - x[..., 1] / 2
     for abar in (0.1, 0.5, 0.8):

@@ -105,7 +105,7 @@ def test_denoising_errors_are_nats(name, objective):
     assert z.abs().max() < 5, z
 
 @pytest.mark.parametrize("change", [("1.5645 * abar.sqrt() / (1 - abar) ** 1.5", "1.5645 * abar / (1 - abar) ** 2"),
-                                    ("(x0**2).sum(-1) / 2 + math.log(2 * math.pi)", "(x0**2).sum(-1) / 2")])
+                                    ("else -torch.stack", "else torch.stack")])
 def test_planted_bug_in_the_nats_is_caught(change):
     bug, weights = planted("toy/or_composition.py", change), vector(0.3, 0.7)
     problem = bug.Problem("paper")

@@ -17,8 +17,8 @@ Ours: the twist. Near x0_hat let r have slope g and curvature -k; x_0 ~ N(x0_hat
     square in each coordinate, E exp((g u - k u^2 / 2) / a) = exp(g^2 v / (2 a (a + k v))) / sqrt(1 + k v / a) for
     u ~ N(0, v). Early forecasts count little, as v is large: no schedule has to temper them (--gamma: the paper's).
 Ours: the kernel. DDPM's variance is that of a known x_0; Var(x_0 | x_t) is added (--ddpm: not), so that 50 steps do.
-What you should see (seed 0): on gmm2 EMD RESULTS
-    RESULTS2. To try: --kl-weight 0.1, --steps 15.
+What you should see (seed 0): on gmm2 EMD 0.22 +- 0.02 for das (exact draws 0.26), 0.40 guidance, 1.35 as published. In
+    32 dimensions one group's log Z is off by 0.07; das_gamma 0.2, bootstrap 0.7, importance 4. To try: --kl-weight 0.1.
 """
 import argparse
 import json
@@ -251,7 +251,7 @@ def draw(problems, samples, rows):
         errors = [number[f"{d}d", method, "error_of_log_z"] for d in DIMENSIONS]
         axes["panel"].semilogy([*map(str, DIMENSIONS)], errors, ".-", color=color, label=method)
     axes["panel"].set_title("error of log Z\nby dimension", fontsize=8)
-    axes["panel"].legend(fontsize=8)
+    axes["panel"].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.1))
     return figure
 
 def checked(parser, args):

@@ -40,7 +40,7 @@ HALF, POINTS, ORDERS = 6.0, 121, ((0, 0), (1, 0), (0, 1), (2, 0), (0, 2))  # gri
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, sizes = parser.add_argument, dict(const=(1, 256, 22, 100, 32), default=(8, 4096, 80, 2000, 32))
+    add, sizes = parser.add_argument, dict(const=(1, 256, 22, 100, 8), default=(8, 4096, 80, 2000, 32))
     add("--quick", dest="size", action="store_const", **sizes, help="coarse, @QUICK seconds")
     add("--paper", dest="size", action="store_const", const=(8, 32768, 400, 5000, 128), help="large, not run here")
     add("--seed", type=int, default=0)
@@ -215,18 +215,16 @@ def sample(problem, denoise, n, abar):
 
 def run(problem, net, args):
     """Every method on a problem -> {method: [(found, exact) by round]}, each as of `Problem.moments`; rows."""
-    abar, fine = (signal_power(torch.linspace(1, 0, n + 1)).tolist() for n in (args.steps, 300))
+    abar, fine = (signal_power(torch.linspace(1, 0, n + 1)).tolist() for n in (args.steps, 10 * args.steps))
     exact = [problem.moments(problem.grid, problem.tilted(k)) for k in range(args.rounds + 2)]
     end, runs = sample(problem, problem.fixed_point(args.kl), 10_000, fine), {method: [] for method in METHODS}
-    options = dict(dav={}, dav_kl=dict(kl=args.kl), dav_local=dict(children=args.children))
+    rows, options = [], dict(dav={}, dav_kl=dict(kl=args.kl), dav_local=dict(children=args.children))
     for method, option in (options | dict(dav_published_m_step=dict(ours=0))).items():
         for k, (model, found) in enumerate(dav(net, problem.reward, abar, args, **option)):
             sampled = sample(problem, model, args.particles, abar) | dict(elbo=found["elbo"])
             runs[method] += [(sampled, end if method == "dav_kl" else exact[k])]
             if method == "dav":
-                w = found["log_w"][0].softmax(0)
-                runs["dav_posterior"] += [(problem.moments(found["x"][0], w), exact[k + 1])]
-    rows = []
+                runs["dav_posterior"] += [(problem.moments(found["x"][0], found["log_w"][0].softmax(0)), exact[k + 1])]
     for method, pairs in runs.items():
         for k, (found, exact) in enumerate(pairs):
             rows += [(problem.name, method, f"mean_reward_round_{k}", found["mean_reward"], None, exact["mean_reward"])]
@@ -251,6 +249,7 @@ def draw(problems, runs):
             ax.plot([exact[key] for now, exact in found[method]], ":", c=color if method == "dav_kl" else "k", lw=1)
         for ax, method in zip(row[2:], ("dav", "dav_local")):
             ax.set_prop_cycle(color=COLORS[:4])
+            ax.set_ylim(0, 0.7)
             ax.plot([now["masses"][::2].tolist() for now, exact in found[method]], ".-", lw=1)
             ax.plot([exact["masses"][::2].tolist() for now, exact in found[method]], "k:", lw=1)
         for ax, title in zip(row, ("E[r] by round", "ELBO by round, nats", "dav: modes", "dav_local: modes")):

@@ -2,7 +2,7 @@
 
 Paper: Black, Janner, Du, Kostrikov and Levine, "Training Diffusion Models with Reinforcement Learning", ICLR 2024,
 arXiv 2305.13301; the RL baseline in Fig. 1 of DAS (arXiv 2501.05803). figure.png: that baseline.
-Run    python toy/ddpo.py                  TIME
+Run    python toy/ddpo.py   one minute; --quick: 8 seconds. To try: --kl-weight 0.3; --clip 10 --reuse 20
        as published (row ddpo): no KL term; ddpo_kl adds it, as DPOK does (arXiv 2305.16381)
 Read first: policy, paths, collect, ddpo. Skip: Denoiser, measure, draw, checked, report.
 
@@ -13,12 +13,13 @@ Notation (here -> papers); N paths of T steps
     advantage -> A-hat     r / kl_weight - KL of the steps to come, less the mean of the batch at that step
     objective_paths        KL of the tuned paths from the pretrained ones - E[r] / kl_weight: at least -log Z, by Gibbs
 Algorithm (run); the reward needs no gradient
-    1. collect: paths of the network as it is, the KL of every step, what every step was worth
-    2. ddpo: the clipped ratio of PPO times the advantage, less the KL of the step itself, which is a formula
-    3. descend: Adam; after --reuse updates new paths are due
+    1. collect: paths of the network as it is, the KL of every step, what every step was worth; anew after `reuse` updates
+    2. ddpo: the clipped ratio of PPO times the advantage, less the KL of the step itself, a formula; Adam in descend
 The KL acts twice: a step's own is differentiated, that of the steps it leads to is part of its advantage.
 Gaussian steps nearly reach the bound, with the kernel of das.py: row exact_score, the exact score of the target.
-What you should see (seed 0): RESULTS
+What you should see (seed 0): with KL the objective falls from 11.0 to 1.49 on gmm (exact score 1.49, -log Z 1.44) and
+from 9.2 to 3.09 on gmm2 (3.08, 2.97); the modes have their shares within .04 and .10 in L1. Without KL all samples end
+in one spot: E[r] is above the target's, -0.004 for -0.29 and -1.34, at objectives of 13 and 39.
 """
 import argparse
 import copy
@@ -41,7 +42,7 @@ def parse_args(argv=None):
     # updates of the base; updates, paths for each; paths and subsamples behind the table
     add, sizes = parser.add_argument, dict(const=(300, 32, 128, 1000, 4), default=(1500, 340, 256, 10_000, 10))
     add("--quick", dest="size", action="store_const", **sizes, help="coarse, 5 seconds")
-    add("--paper", dest="size", action="store_const", const=(5000, 1600, 1024, 40_000, 40), help="PAPERTIME")
+    add("--paper", dest="size", action="store_const", const=(5000, 4000, 256, 40_000, 40), help="8 minutes; not run")
     add("--seed", type=int, default=0)
     add("--out", type=pathlib.Path, default="out/toy_ddpo", help="folder of figure.png and numbers.json")
     add("--device", choices=["cpu", "cuda"][: 1 + torch.cuda.is_available()], default="cpu")
@@ -49,7 +50,7 @@ def parse_args(argv=None):
     add("--kl-weight", type=float, default=1.0, help="reward temperature")
     add("--steps", type=int, default=20, help="of the sampler")
     add("--lr", type=float, default=3e-3, help="top of the cycle of the learning rate")
-    add("--clip", type=float, default=0.2, help="of the ratio; the paper's 1e-4 is for ratios of 16,384 dimensions")
+    add("--clip", type=float, default=0.2, help="of the ratio; the published 1e-4 goes with log densities averaged over dimensions")
     add("--reuse", type=int, default=4, help="updates on a batch of paths")
     return checked(parser, parser.parse_args(argv))
 
@@ -150,8 +151,8 @@ def run(method, problem, base, args):
         return ddpo(net, batch, args.clip, kl)
 
     descend(net, loss, args.updates, args.lr)
-    batches = math.ceil(args.updates / args.reuse)
-    return net, history, args.batch * args.steps * (3 * args.updates + batches * (2 + 2 * (kl > 0)))
+    rollouts = (2 + 2 * (kl > 0)) * len(range(0, args.updates, args.reuse))
+    return net, history, args.batch * args.steps * (3 * args.updates + rollouts)
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 
