@@ -1,6 +1,4 @@
-"""toy/dav.py: its search on a chain where everything is known, its M-step, its exact answers, and whole rounds of DAV
-with a model of one parameter for each coordinate, whose every round is known in closed form.
-"""
+"""toy/dav.py: its search on a chain where all is known, its M-step, its rounds in closed form, its exact answers."""
 import json
 import math
 import types
@@ -24,10 +22,6 @@ class Tilt(nn.Module):
     def forward(self, x, abar):
         var = (1 - torch.as_tensor(abar)) * torch.ones_like(x)
         return torch.as_tensor(abar) ** 0.5 * x + var * self.theta, var
-
-
-# ---- the search ------------------------------------------------------------------------------------------------------
-
 
 def chain(module=dav, particles=8, groups=4000, children=0, ess=1.1):
     """z of Z and of E[r] on N((0.5, -1), (0.4, 0.2)), r = -2 (x - 1)^2, against the exact answer of the chain itself."""
@@ -139,15 +133,15 @@ def test_both_losses_have_the_same_mean(monkeypatch, double):
 
 
 ROUNDS = dict(  # reward x_0 - x_1 / 2 at kl_weight 4: round k has theta k (1, -.5) / 4; with kl the end is 1 / kl of that
-    dav=(dict(), 2, 2.0), paper=(dict(ours=0), 1, 1.0), local=(dict(children=4), 1, 1.0), kl=(dict(kl=1.0), 4, 15 / 16),
-    one=(dict(kl=1.0), 1, 0.5))
+    dav=(dict(), 2, 2.0), paper=(dict(ours=0), 1, 1.0), local=(dict(children=4), 1, 1.0), kl=(dict(kl=1.0), 4, 15 / 16))
 
 
 @pytest.mark.parametrize("name", ROUNDS)
 def test_rounds_are_known_in_closed_form(name):
     options, rounds, times = ROUNDS[name]
     torch.manual_seed(6)
-    args = types.SimpleNamespace(kl_weight=4.0, rounds=rounds, particles=40_000 if rounds == 1 else 8000, updates=300)
+    sizes = dict(particles=40_000, updates=1000) if rounds == 1 else dict(particles=8000, updates=300)
+    args = types.SimpleNamespace(kl_weight=4.0, rounds=rounds, **sizes)
     abar = das.signal_power(torch.linspace(1, 0, 17)).tolist()
     runs = list(dav.dav(Tilt().requires_grad_(False), lambda x: x[..., 0] - x[..., 1] / 2, abar, args, **options))
     expected = times * torch.tensor([1.0, -0.5]) / 4

@@ -26,10 +26,11 @@ def double(module, *args):
 
 # ---- the dual step ---------------------------------------------------------------------------------------------------
 
-def test_dual_step_goes_half_way_to_the_newton_point():
+@pytest.mark.parametrize("module", [mix, ali])
+def test_dual_step_goes_half_way_to_the_newton_point(module):
     curvature, slack, dual = vector([2, 0.5], [0.5, 1]), vector(0.3, -0.1), vector(1, 2)
     newton = dual + torch.linalg.solve(curvature, slack)
-    assert (ali.dual_step(dual, slack, curvature, simplex=False) - (dual + newton) / 2).abs().max() < 1e-5
+    assert (module.dual_step(dual, slack, curvature, simplex=False) - (dual + newton) / 2).abs().max() < 1e-5
 
 def test_dual_step_stays_in_its_set():
     for _ in range(20):
@@ -48,6 +49,7 @@ def test_exact_weights_of_the_paper():
     assert (kl - vector(1, 1) / 2).abs().max() < 1e-5 and (elbo - vector(1, 2) / 3).abs().max() < 1e-5
     assert (problem.slack(kl, "kl") - math.log(2)).abs().max() < 1e-4
     assert (problem.slack(elbo, "elbo") - 0.24761).abs().max() < 1e-4
+    assert (problem.slack(elbo, "kl") - vector(3, 1.5).log()).abs().max() < 1e-4
     entropy = math.log(2 * math.pi * math.e * 0.025)  # of one mode
     assert (problem.entropy - vector(entropy, entropy + math.log(2))).abs().max() < 1e-5  # the two modes overlap by this
 
@@ -114,7 +116,7 @@ def test_planted_bug_in_the_nats_is_caught(change):
 
 def test_sampler_reproduces_the_mixture():
     problem, weights, n = mix.Problem("paper"), vector(0.3, 0.7), 20_000
-    x = mix.sample(Exact(problem.mixture(weights)), n, 100)
+    x = mix.generate(Exact(problem.mixture(weights)), n, 100)
     share, squares = problem.shape(x.double(), torch.full((n,), 1 / n, dtype=F))
     true = vector(0.3, 0.35, 0.35)
     assert ((share - true) / (true * (1 - true) / n).sqrt()).abs().max() < 5
@@ -190,9 +192,10 @@ def test_path_kl_of_gaussians_is_their_kl():
         assert abs(kl.mean() - problem.moments(problem.best)[3]) < 0.02
         assert ((x.mean(0) - shift) / (0.5 / n) ** 0.5).abs().max() < 5
 
-def test_path_kl_counts_the_change_of_variance():
+@pytest.mark.parametrize("steps", [1, 200])  # in one step all of it is in the variance, in many none
+def test_path_kl_counts_the_change_of_variance(steps):
     wide, narrow = (ali.Mixture(torch.zeros(1), torch.zeros(1, 2), v) for v in (0.5, 0.25))
-    abar = ali.signal_power(torch.linspace(1, 0, 201)).tolist()
+    abar = ali.signal_power(torch.linspace(1, 0, steps + 1)).tolist()
     _, kl = ali.rollout(narrow.denoise, wide.denoise, torch.randn(20_000, 2), abar)
     assert abs(kl.mean() - (math.log(2) - 0.5)) < 0.02  # of two coordinates
 

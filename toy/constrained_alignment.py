@@ -21,11 +21,11 @@ import argparse
 import copy
 import json
 import math
+import os
 import pathlib
-import tempfile
 import time
-
 import torch
+if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
 from matplotlib.figure import Figure
 from scipy.optimize import minimize
 from torch import nn
@@ -35,7 +35,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, sizes = parser.add_argument, dict(const=(100, 25, 1000), default=(800, 250, 10_000))
     add("--quick", dest="size", action="store_const", **sizes, help="coarse, 10 seconds")
-    add("--paper", dest="size", action="store_const", const=(5000, 1000, 100_000), help="longer training, 5 minutes (not run)")
+    add("--paper", dest="size", action="store_const", const=(5000, 1000, 100_000), help="longer, 5 minutes (not run)")
     add("--seed", type=int, default=0)
     add("--out", type=pathlib.Path, default="out/toy_constrained_alignment", help="for figure.png and numbers.json")
     add("--device", choices=["cpu", "cuda"][: 1 + torch.cuda.is_available()], default="cpu")
