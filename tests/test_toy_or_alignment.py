@@ -51,7 +51,7 @@ def test_exact_weights_of_the_paper():
     assert (problem.slack(elbo, "elbo") - 0.24761).abs().max() < 1e-4
     assert (problem.slack(elbo, "kl") - vector(3, 1.5).log()).abs().max() < 1e-4
     entropy = math.log(2 * math.pi * math.e * 0.025)  # of one mode
-    assert (problem.entropy - vector(entropy, entropy + math.log(2))).abs().max() < 1e-5  # the two modes overlap by this
+    assert (problem.entropy - vector(entropy, entropy + math.log(2))).abs().max() < 1e-5  # overlap of modes
 
 @pytest.mark.parametrize("name, objective", [("paper", "elbo"), ("overlap", "kl"), ("overlap", "elbo")])
 def test_or_optimum_equals_the_slacks_and_maximises_the_dual(name, objective):
