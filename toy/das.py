@@ -239,8 +239,7 @@ def draw(problems, samples, rows):
     axes = figure.subplot_mosaic([[*(p.name + method for method in shown), "panel"] for p in problems])
     for p, method in ((problem, method) for problem in problems for method in shown):
         ax, (x, w), half = axes[p.name + method], samples[p.name, method], 1.5 * p.data.means.max().item()
-        x = x[torch.multinomial(w, 1500, replacement=True)].cpu()
-        ax.scatter(x[:, 0], x[:, 1], s=2, c="#0072B2", alpha=0.5, linewidths=0)
+        ax.scatter(*x[w.multinomial(1500, replacement=True), :2].T.cpu(), s=2, c="#0072B2", alpha=0.5, linewidths=0)
         if p.target and x.shape[1] == 2:
             grid = torch.stack(torch.meshgrid(*2 * [torch.linspace(-half, half, 161)], indexing="ij"), 2)
             levels = dict(levels=[-9, -6, -3], colors="k", linewidths=0.5, linestyles="solid")
@@ -251,7 +250,8 @@ def draw(problems, samples, rows):
         errors = [number[f"{d}d", method, "error_of_log_z"] for d in DIMENSIONS]
         axes["panel"].semilogy([*map(str, DIMENSIONS)], errors, ".-", color=color, label=method)
     axes["panel"].set_title("error of log Z\nby dimension", fontsize=8)
-    axes["panel"].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.1))
+    axes["panel"].set_ylim(0.03, 90)
+    axes["panel"].legend(fontsize=8, loc="upper left")
     return figure
 
 def checked(parser, args):

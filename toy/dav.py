@@ -239,7 +239,7 @@ def draw(problems, runs):
     axes, span = figure.subplots(2 + len(problems), 4), p.line.cpu()
     for ax, (method, k) in zip(axes.flat, [(method, k) for method in ("dav", "dav_local") for k in (0, 1, 4, 8)]):
         now, exact = runs[-1][method][: k + 1][-1]
-        ax.scatter(*now["x"][:700].T.cpu(), s=2, c=METHODS[method], alpha=0.5, linewidths=0)
+        ax.scatter(*now["x"][:500].T.cpu(), s=2, c=METHODS[method], alpha=0.5, linewidths=0)
         density = p.tilted(k).view(POINTS, -1).T.cpu() / (span[1] - span[0]) ** 2
         ax.contour(span, span, density.log(), [-9, -6, -3], colors="k", linewidths=0.5, linestyles="solid")
         ax.set_title(f"{method}, round {k}\nE[r] {now['mean_reward']:.2f} (exact {exact['mean_reward']:.2f})", size=8)
