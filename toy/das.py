@@ -1,7 +1,7 @@
 """Sample p(x) exp(r(x) / kl_weight) / Z from a diffusion model p at test time, by sequential Monte Carlo (SMC).
 Paper: Kim, Kim and Park, "Test-time Alignment of Diffusion Models without Reward Over-optimization" (DAS), ICLR 2025,
 arXiv 2501.05803. figure.png: its Fig. 1, and a panel that is in no paper, on when SMC matters.
-Run    python toy/das.py                       40 seconds; --quick: 8; --paper: its 100,000 particles, 4 minutes
+Run    python toy/das.py                       40 seconds; --quick: 8; --paper: its 100,000 particles, about 8 minutes
        python toy/das.py --gamma 0.008 --ddpm --steps 100      as published (row das_published)
 Read first: smc, das, log_twist. Skip: Denoiser, draw, checked, report.
 Notation (here -> paper); G independent groups of P interacting particles: x (G, P, d), log_w (G, P)
@@ -43,7 +43,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, sizes = parser.add_argument, dict(const=(20, 300, 4), default=(100, 2000, 15))
     add("--quick", dest="size", action="store_const", **sizes, help="coarse, 8 seconds")
-    add("--paper", dest="size", action="store_const", const=(1000, 10_000, 100), help="the paper's sizes, 4 minutes")
+    add("--paper", dest="size", action="store_const", const=(1000, 10_000, 100), help="the paper's sizes, about 8 minutes")
     add("--seed", type=int, default=0)
     add("--out", type=pathlib.Path, default="out/toy_das", help="folder of figure.png and numbers.json")
     add("--device", choices=["cpu", "cuda"][: 1 + torch.cuda.is_available()], default="cpu")
