@@ -43,7 +43,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, sizes = parser.add_argument, dict(const=(20, 300, 4), default=(100, 2000, 15))
     add("--quick", dest="size", action="store_const", **sizes, help="coarse, 8 seconds")
-    add("--paper", dest="size", action="store_const", const=(1000, 10_000, 100), help="the paper's sizes, about 8 minutes")
+    add("--paper", dest="size", action="store_const", const=(1000, 10_000, 100), help="the paper's sizes, 8 minutes")
     add("--seed", type=int, default=0)
     add("--out", type=pathlib.Path, default="out/toy_das", help="folder of figure.png and numbers.json")
     add("--device", choices=["cpu", "cuda"][: 1 + torch.cuda.is_available()], default="cpu")
