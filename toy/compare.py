@@ -4,7 +4,7 @@ Counterpart of DAS Fig. 1 (Kim et al., arXiv 2501.05803) and DAV Fig. 2 (Lee et 
 samples; fronts; what more particles do in the published code of DAS. It alone of all scripts imports the others.
 Run    python toy/compare.py                    4 minutes; --quick: 1, coarse
        python toy/compare.py --problem gmm      the grid instead of the ring
-Read first: tilt_with, front, left_behind.
+Read first: tilt_with, settings, left_behind.
 
 A reward says little alone: going on raises it and narrows the samples. What is best at a given E[r] is known: the tilt
 p exp(r / a) whose E[r] it is keeps nearest to p. So each setting of a method is compared with the tilt of its *own*
