@@ -127,6 +127,14 @@ def test_a_short_run_moves_to_the_entropy_weights():
     _, path, found = mix.fit(problem, "elbo", 300, every=20)
     assert len(path) == 1 + 13 and abs(found[0] - 1 / 3) < 0.08, found  # equal weights are off by .17
 
+def test_the_exact_score_finds_the_weights():
+    problem, x = mix.Problem("overlap"), torch.randn(2, 50, 2)
+    torch.manual_seed(0)
+    net, path, found = mix.fit(problem, "elbo", 600, "exact", every=20)
+    exact = problem.mixture(path[-1]).denoise(x, 0.4)
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(net(x, torch.full((50, 1), 0.4)), exact))
+    assert abs(found[0] - mix.optimum(problem, "elbo")[0]) < 0.03, found  # .000, .003, .008, .007 for seeds 0 to 3
+
 # ---- alignment: exact ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["linear", "competing", "inactive", "bump", "objective", "combined"])
@@ -201,7 +209,8 @@ def test_path_kl_counts_the_change_of_variance(steps):
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("module, flags", [(mix, ["--problem", "paper"]), (ali, ["--problem", "bump"])])
+@pytest.mark.parametrize("module, flags", [(mix, ["--problem", "paper"]), (ali, ["--problem", "bump"]),
+                                           (ali, ["--problem", "bump", "--score", "exact"])])
 def test_quick_run_writes_tidy_rows(module, flags, tmp_path, capsys):
     module.main(module.parse_args(["--quick", "--out", str(tmp_path), *flags]))
     rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]

@@ -2,7 +2,7 @@
 Paper: Zhang, Wang and Zou, "Step-level Denoising-time Diffusion Alignment with Multiple Objectives" (MSDDA), 2026,
 arXiv 2604.14379; its text was not at hand. figure.png: the Pareto front of two rewards, and the theorem's own case.
 Run    python toy/msdda.py     45 seconds; --quick: 8; --paper: ten times the samples; --score exact: no networks
-Read first: merge, terminal, msdda. Skip: Denoiser, draw, checked, report.
+Read first: merge, terminal, msdda. Skip: the network, the figure. The soup of LoRA factors is in sd/msdda.py.
 Notation (here -> usual symbol): weights -> w_i, of the rewards; the pretrained p takes the rest, 1 - sum_i w_i
     kl_weight -> beta      reward temperature; abar -> abar_t, signal power: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps
 Algorithm: 1. msdda: at every level ask all models for mean and variance of x_0: this makes a kernel p_i(x_{t-1} | x_t)
@@ -188,7 +188,7 @@ def regress(net, mixture, data, steps, lr):
     return descend(net, loss, steps, lr)
 
 def soup(nets, weights):
-    """Rewarded soup: one network, whose weights are the average of those of networks that were tuned from one."""
+    """Rewarded soup: one network, its weights the average of those tuned from one. They have no LoRA factors here."""
     net, states = copy.deepcopy(nets[0]), [net.state_dict() for net in nets]
     net.load_state_dict({name: sum(w * s[name] for w, s in zip(weights, states)) for name in states[0]})
     return net
@@ -275,7 +275,7 @@ def main(args):
     started, samples, rows, (args.groups, steps, count) = time.time(), {}, [], args.size
     torch.manual_seed(args.seed)
     torch.set_default_device(args.device)
-    print("COARSE: the numbers mean nothing" if steps < 1000 else "se: over groups of particles; calls: of a network")
+    print("COARSE: numbers mean nothing" if steps < 1000 else "se: over groups; rgg, code and calls only at 0.5 0.5")
     problem, half = Problem(args.kl_weight), SWEEP[0]
     tilts, data, tuned = problem.tilts.double(), problem.data, [problem.target(w)[0] for w in ((1.0, 0.0), (0.0, 1.0))]
     slope, curvature = mixed = tilts.new_tensor(half) @ tilts
