@@ -1,184 +1,170 @@
-"""All methods on one reward: what they gain, and what another CLIP model and the diversity of the images say to it.
-
+"""Every method as a front: what it gains on one reward, and what another CLIP model and the diversity of images lose.
 Papers: the counterparts of Kim et al. (DAS), arXiv 2501.05803, Fig. 2, and Lee et al. (DAV), arXiv 2510.00502, Fig. 2.
 The reward is the score of one small CLIP model; the other one, trained on other drawings, only measures.
-
-Run    python sd/compare.py                  runs das, dav, draft and ddpo with three seeds    80 CPU minutes, by parts
-       python sd/compare.py --quick          one seed, coarse                                  90 CPU seconds
-
-A run of a method that stands under out/seed<k> with the same flags is read and not repeated, so that an interrupted
-comparison goes on where it was; that of das takes the prompts and the steps of the others.
-
-Methods   test time: guidance (one particle), best of 16, importance resampling and DAS, all at the same calls (das.py);
-          the search of DAV on the base model (`search`). Tuned: DRaFT through the last step, the last three and all,
-          and all with KL (draft.py), DDPO without and with KL (ddpo.py), DAV, DAV-KL (dav.py). Both: DAV posterior.
-
-Table     gain: the reward above the base model's, in its standard deviations within a prompt; held_out: the change of
-          the score by the other CLIP model; diversity_kept: mean 1 - cosine of two images of a prompt there, as a share
-          of the base model's; kl: nats of the whole sampling paths, of tuned models; calls: of the UNet to train;
-          image_calls: of the UNet for one image afterwards; seconds: CPU time of one core for the training
-
-What you should see (mean ± standard deviation over three seeds): DAV posterior gains 3.12±0.02, then come best of 16
-with 2.06±0.18, DAV 1.97±0.07, DAS 1.86±0.46, importance resampling 1.63±0.19 and DAV-KL 1.10±0.05. As in the paper the
-posterior leads; DAV and DAS are within the spread of DAS, after 12 rounds of 24 images (--paper: 100 of 64).
-The more is gained, the more of the other CLIP model's score is lost, to 0.11 of 0.81 (DRaFT, 3.4). Around a gain of 2 no
-method is better beyond the spread: best of 16 loses 0.02±0.02, DAS and DAV 0.04±0.01, DDPO 0.06±0.05. Around 3 it is
-DAV posterior, with 0.06±0.03, where DRaFT loses 0.09±0.02 to 0.11±0.06. Diversity says little here: off the base model's
-images two images of a prompt differ more (1.1 to 1.5), before they collapse (DRaFT 0.75±0.41). With KL, DRaFT pays 16
-nats for 1.6 standard deviations, DAV-KL 15 for 1.1 and DDPO 53 for 0.9.
-To try: --seeds 1 after changing a default in dav.py: only that script runs again.
+Run    python sd/compare.py                    runs das, draft, ddpo and dav at three points each; 30 CPU minutes
+       python sd/compare.py --quick            coarse, a minute
+A run that stands in --out with the same flags is read and not repeated: an interrupted comparison goes on.
+Read first: RUNS, judge, measure. Skip: watch, draw.
+Fronts: importance, guidance and DAS over kl_weight; DRaFT and DDPO over the weight of their KL; DAV and its posterior
+    (the search on the tuned model) over rounds. All at the same steps and prompts.
+Table: gain, the reward above the base model's in its standard deviations; held_out, the change of the cosine with the
+    prompt under the other CLIP model, and per unit of gain; diversity, mean 1 - cosine of two images of a prompt there,
+    as a share of the base model's; calls of the UNet on a latent, a backward pass counted as two, for the training
+    and for an image afterwards.
+What you should see (seed 0): WHAT
 """
+import argparse
 import json
-import sys
+import os
+import pathlib
 import time
-
+import torch
+if __name__ == "__main__": os.environ |= dict(MPLBACKEND="agg", TRANSFORMERS_VERBOSITY="error")
 import das
 import dav
 import ddpo
 import draft
-import matplotlib.pyplot as plt
-import torch
+from matplotlib.figure import Figure
 
-SCRIPTS = dict(das=das, dav=dav, draft=draft, ddpo=ddpo)
-SETS = {  # row of the table: script, its name for it, title
-    "base": ("dav", "base", "base model"), "guidance": ("das", "guidance", "guidance"),
-    "best_of_n": ("das", "best_of_n", "best of 16"), "importance": ("das", "importance", "importance"),
-    "das": ("das", "das", "DAS"), "search": ("dav", "search", "search on base"),
-    "ddpo": ("ddpo", "ddpo", "DDPO"), "ddpo_kl": ("ddpo", "ddpo_kl", "DDPO + KL"),
-    "draft_1": ("draft", "draft_1", "DRaFT-1"), "truncated": ("draft", "truncated", "DRaFT, last 3"),
-    "draft": ("draft", "full", "DRaFT"), "draft_kl": ("draft", "full_kl", "DRaFT + KL"),
-    "dav": ("dav", "dav", "DAV"), "dav_kl": ("dav", "dav_kl", "DAV-KL"),
-    "dav_posterior": ("dav", "posterior", "DAV posterior"),
-}
-PLACES = {  # of titles that would stand on others: points to the right, up, alignment
-    "search": (0, 6, "center"), "dav_kl": (-5, -3, "right"), "importance": (5, -8, "left"), "das": (-2, -14, "center"),
-    "draft_kl": (0, -13, "center"), "dav": (6, -4, "left"),
-}
-COLORS = {"das": "#000000", "dav": "#0072B2", "draft": "#CC79A7", "ddpo": "#E69F00"}
-
+RUNS = [  # script, flag, its values, flags of all: a point of each front is a run
+    (das, "--kl-weight", (1.0, 0.3, 0.1), "--methods importance guidance das"),
+    (draft, "--kl-weight", (0.15, 0.05, 0.015), "--methods draft_kl"),
+    (ddpo, "--kl-weight", (0.03, 0.01, 0.003), "--methods ddpo_kl"),
+    (dav, "--rounds", (3, 5, 7), "--methods dav")]
+COLORS = dict(importance="k", guidance="#999999", das="#0072B2", draft_kl="#CC79A7", ddpo_kl="#E69F00", dav="#009E73",
+              posterior="#D55E00")
 
 def parse_args(argv=None):
-    parser = das.common_parser(__doc__)
-    parser.add_argument("--seeds", type=das.positive(int), help="runs with seeds --seed, --seed + 1, ...")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="coarse, one point of each front")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=pathlib.Path, default="out/sd_compare", help="folder of the runs and results")
+    parser.add_argument("--clip-eval", default=None, help="CLIP model that only measures; default: the miniature's")
     args = parser.parse_args(argv)
-    args.seeds = args.seeds or (1 if args.quick else 3)
+    if not 0 <= args.seed < 1e9:
+        parser.error(f"--seed: {args.seed} is not between 0 and 1e9")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / ".writable").touch()
+    except OSError as error:
+        parser.error(f"--out: {error}")
     return args
 
+# ---- the runs --------------------------------------------------------------------------------------------------------
+def watch(module, calls):
+    """Count latents that the UNet sees, in `calls` by the name of the function of `module` that asks for them."""
+    eps, inside = module.Diffusion.eps, []
+    def counted(self, x, *rest):
+        out = eps(self, x, *rest)
+        label = inside[-1] if inside else "other"
+        calls[label] = calls.get(label, 0) + len(x) * (3 if out.requires_grad else 1)
+        return out
+    module.Diffusion.eps, restore = counted, [(module.Diffusion, "eps", eps)]
+    for name in {"das", "search", "train"} & set(vars(module)):
+        def named(*args, name=name, function=getattr(module, name), **options):
+            inside.append("guidance" if name == "das" and args[4] == 1 else name if not inside else inside[0])
+            try:
+                return function(*args, **options)
+            finally:
+                inside.pop()
+        restore.append((module, name, getattr(module, name)))
+        setattr(module, name, named)
+    return lambda: [setattr(*old) for old in restore]
 
-def flags(args, script, seed):
-    """The command line of a method's script with this seed, its results under a folder of the seed."""
-    words = ["--quick"] if args.quick else ["--paper"] if args.paper else []
-    words += ["--seed", str(seed), "--out", str(args.out / f"seed{seed}"), "--device", args.device]
-    if script == "das":
-        words += ["--prompts", *dav.PROMPTS, "--steps", str(dav.parse_args(words).steps)]
-    return words
+def point(args, module, flag, value, options):
+    """The folder of a run, made unless it stands there with the same flags."""
+    flags = [*options.split(), flag, str(value), "--seed", str(args.seed)] + ["--quick"] * args.quick
+    out, calls = args.out / f"{module.__name__}_{value}", {}
+    done = out / "calls.json"
+    if not done.exists() or json.loads(done.read_text())["flags"] != flags:
+        print(module.__name__, *flags, flush=True)
+        restore = watch(module, calls)
+        try:
+            module.main(module.parse_args([*flags, "--out", str(out)]))
+        finally:
+            restore()
+        done.write_text(json.dumps(dict(flags=flags, calls=calls)))
+    return out
 
+# ---- the measures ----------------------------------------------------------------------------------------------------
+def judge(args):
+    """Function of latents (K, G, P, C, h, w) -> unit vectors (K, G, P, d) of their images; the prompts' (K, d)."""
+    world = das.parse_args(["--out", str(args.out)])
+    model = das.Diffusion(world, "cpu")
+    embed, texts = das.load_clip(args.clip_eval or str(das.MINI / "clip_eval"), world.prompts, "cpu")
+    @torch.no_grad()
+    def units(x):
+        parts = [embed(model.decode(part)) for part in x.flatten(0, 2).split(world.chunk)]
+        return torch.cat(parts).unflatten(0, x.shape[:3])
+    return units, texts
 
-def recorded(script, args, seed):
-    """Rows {name: row} and record of a script's run with this seed: read where it has the same flags, else made."""
-    module, words = SCRIPTS[script], flags(args, script, seed)
-    path = args.out / f"seed{seed}" / f"sd_{script}" / "numbers.json"
-    settings = vars(module.parse_args(words))
-    wanted = json.loads(json.dumps({name: v for name, v in settings.items() if name not in ("out", "resume")}))
-    if path.exists():
-        record = json.loads(path.read_text())
-        if {name: v for name, v in record["args"].items() if name not in ("out", "resume")} == wanted:
-            print(f"seed {seed}: {script} is read from {path}", file=sys.stderr)
-            return {r["name"]: r for r in record["rows"]}, record
-    print(f"seed {seed}: {script}", file=sys.stderr)
-    module.main(module.parse_args([*words, *([] if script == "das" else ["--resume"])]))
-    record = json.loads(path.read_text())
-    return {r["name"]: r for r in record["rows"]}, record
+def measure(found, units, texts):
+    """x, gain, log_w of a method -> gain, score of the other model (K, G), diversity of two groups of a prompt."""
+    w, unit = found["log_w"].softmax(2), units(found["x"])
+    score = (w * torch.einsum("kgpd,kd->kgp", unit, texts)).sum(2)
+    mean = torch.einsum("kgp,kgpd->kgd", w, unit)
+    n, products = mean.shape[1], mean @ mean.mT
+    off = products.sum((1, 2)) - products.diagonal(dim1=1, dim2=2).sum(1)
+    return (w * found["gain"]).sum(2), score, (1 - off / (n * (n - 1))).mean()
 
-
-def measures(rows, args, name, script):
-    """What the table says of a method in the rows of its script, which ran with these args -> {key: number}."""
-    value = {key: rows[f"{name}.all.{key}"]["estimate"] for key in ("gain", "kl", "calls", "seconds")
-             if f"{name}.all.{key}" in rows and not (script == "das" and key == "seconds")}
-    for key in ("clip_eval", "diversity"):
-        now, before = (rows[f"{label}.all.{key}"]["estimate"] for label in (name, "base"))
-        value |= dict(held_out=now - before) if key == "clip_eval" else dict(diversity_kept=now / before)
-    each = args["steps"] * (2 if args["guidance"] != 1 else 1)
-    if script == "das" and name not in ("base", "guidance"):
-        each *= args["particles"]
-    if name in ("search", "posterior"):
-        each += (each - each // args["steps"]) * ((args["children"] if args["search"] != "smc" else 1) - 1)
-    return value | dict(image_calls=each)
-
-
-def training_curve(out, script, name, rows):
-    """(rounds, 2) of a tuned model: the calls of the UNet so far, the gain of the images drawn, smoothed."""
-    stored = torch.load(out / f"sd_{script}" / f"{name}.pt", weights_only=True)["trace"]
-    each = rows[f"{name}.all.calls"]["estimate"] / len(stored)
-    return torch.stack([each * torch.arange(len(stored)), draft.smoothed(stored, "gain")], 1)
-
-
-def collect(args):
-    """All scripts and seeds -> {set: list of measures, by seed}, {set: list of curves}, calls."""
-    found, curves, calls = {name: [] for name in SETS}, {}, 0
-    for seed in range(args.seed, args.seed + args.seeds):
-        runs = {}
-        for script in SCRIPTS:
-            runs[script], record = recorded(script, args, seed)
-            calls += record["network_evaluations"]
-            for name, (own, label, _) in SETS.items():
-                if own == script:
-                    found[name].append(measures(runs[script], record["args"], label, script))
-                    if f"{label}.all.calls" in runs[script]:
-                        curves.setdefault(name, []).append(
-                            training_curve(args.out / f"seed{seed}", script, label, runs[script]))
-    return found, curves, calls
-
-
-def measure(found):
-    """Rows: the mean over seeds, and as se their standard deviation."""
-    rows = []
-    for name, runs in found.items():
-        for key in runs[0]:
-            v = torch.tensor([run[key] for run in runs], dtype=torch.float64)
-            rows.append(das.row(f"{name}.all.{key}", v.mean().item(), v.std().item() if len(v) > 1 else None))
+def rows_of(args, module, flag, value, options, units, texts):
+    """The tidy rows of a run: its methods at this point of their fronts."""
+    out, rows = point(args, module, flag, value, options), []
+    found, calls = torch.load(out / "latents.pt"), json.loads((out / "calls.json").read_text())["calls"]
+    _, base, kept = measure(found["base"], units, texts)
+    steps, problem = 10, f"{flag.strip('-').replace('-', '_')}_{value}"
+    for method in found:
+        if method not in COLORS:
+            continue
+        gain, score, diversity = measure(found[method], units, texts)
+        K, G, P = found[method]["gain"].shape
+        label = dict(das="das", guidance="guidance", posterior="search").get(method)
+        per_image = calls[label] / (K * G) if label in calls else P * steps
+        se = lambda v: (v.var(1).mean() / v.numel()).sqrt()
+        held = score.mean() - base.mean()
+        rows += [(problem, method, "gain", gain.mean(), se(gain), None),
+                 (problem, method, "held_out", held, (se(score) ** 2 + se(base) ** 2) ** 0.5, None),
+                 (problem, method, "held_out_per_gain", held / gain.mean(), None, None),
+                 (problem, method, "diversity", diversity / kept, None, None),
+                 (problem, method, "image_calls", torch.tensor(per_image), None, None)]
+        if module is not das:
+            rows.append((problem, method, "training_calls", torch.tensor(calls["train"]), None, None))
     return rows
 
-
-def draw_panels(path, found, curves):
-    """Gain against the held-out score (DAS Fig. 2), against diversity (DAV Fig. 2), and over the training."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
-    keys = {"held_out": "change of the held-out CLIP score", "diversity_kept": "diversity, share of the base model's"}
-    colors = {name: "#777777" if name == "base" else COLORS[script] for name, (script, _, _) in SETS.items()}
-    for ax, (key, text) in zip(axes, keys.items()):
-        for name, (script, _, title) in SETS.items():
-            x, y = (torch.tensor([run[k] for run in found[name]]) for k in ("gain", key))
-            tuned = "kl" in found[name][0]
-            ax.scatter(x, y, s=8, color=colors[name], marker="o" if tuned else "^", alpha=0.5, linewidths=0)
-            ax.scatter(x.mean(), y.mean(), s=36, color=colors[name], marker="o" if tuned else "^")
-            right, up, align = PLACES.get(name, (4, 4, "left"))
-            ax.annotate(title, (x.mean(), y.mean()), (right, up), textcoords="offset points", fontsize=7, ha=align,
-                        color=colors[name])
-        ax.axhline(0.0 if key == "held_out" else 1.0, color="black", linestyle=":", linewidth=0.8)
-        ax.set(xlabel="reward, standard deviations of the base model (small: seeds)", ylabel=text)
-        low, high = ax.get_xlim()
-        ax.set_xlim(low, high + 0.12 * (high - low))
-    for name, lines in curves.items():
-        mean = torch.stack(lines).mean(0)
-        style = "--" if name.endswith("_kl") else ":" if name in ("draft_1", "truncated") else "-"
-        axes[2].plot(*mean[1:].T, color=colors[name], linestyle=style, linewidth=1, label=SETS[name][2])
-    das_gain = sum(run["gain"] for run in found["das"]) / len(found["das"])
-    axes[2].axhline(das_gain, color="black", linewidth=0.8, label="DAS, no training")
-    axes[2].set(xlabel="calls of the UNet in training", ylabel="reward of the images drawn", xscale="log")
-    axes[2].legend(fontsize=7)
-    draft.save_figure(figure, path)
-
+# ---- figure, main ----------------------------------------------------------------------------------------------------
+def draw(rows):
+    """Held-out score and diversity against gain, and what n images at a gain near 2 cost."""
+    value = {r[:3]: float(r[3]) for r in rows}
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = dict(zip(("held_out", "diversity", "calls"), figure.subplots(1, 3)))
+    for method, color in COLORS.items():
+        points = [p for p, m, q in value if m == method and q == "gain"]
+        gains = [value[p, method, "gain"] for p in points]
+        for quantity in ("held_out", "diversity"):
+            axes[quantity].plot(gains, [value[p, method, quantity] for p in points], ".-", color=color, label=method)
+        if points:
+            p = min(points, key=lambda p: abs(value[p, method, "gain"] - 2))
+            n, image = torch.logspace(0, 4, 50), value[p, method, "image_calls"]
+            total = value.get((p, method, "training_calls"), 0) + image * n
+            axes["calls"].loglog(n, total, color=color)
+            text = f"{value[p, method, 'gain']:.1f}"
+            axes["calls"].text(1.2e4, total[-1], text, fontsize=8, color=color, va="center")
+    axes["held_out"].set_title("score of the other CLIP model, change", fontsize=9)
+    axes["diversity"].set_title("diversity, share of the base model's", fontsize=9)
+    axes["calls"].set_title("calls for n images; numbers: gain", fontsize=9)
+    for quantity in ("held_out", "diversity"):
+        axes[quantity].set_xlabel("gain, standard deviations", fontsize=9)
+        axes[quantity].axhline(0 if quantity == "held_out" else 1, color="k", linewidth=0.5)
+    figure.legend(*axes["held_out"].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
+    return figure
 
 def main(args):
-    """Run or read every method with every seed, draw, write numbers.json -> {row name: estimate}."""
-    start, out = time.perf_counter(), das.results_folder(args, "sd_compare")
-    found, curves, calls = collect(args)
-    rows = measure(found)
-    draw_panels(out / "figure.png", found, curves)
-    das.write_numbers(out / "numbers.json", args, rows, calls, time.perf_counter() - start)
-    das.print_table(rows, "all", ["gain", "held_out", "diversity_kept", "kl", "calls", "image_calls", "seconds"])
-    return {r["name"]: r["estimate"] for r in rows}
-
+    started, rows, (units, texts) = time.time(), [], judge(args)
+    for module, flag, values, options in RUNS:
+        for value in values[-1:] if args.quick else values:
+            rows += rows_of(args, module, flag, value, options, units, texts)
+    print("COARSE: numbers mean nothing" if args.quick else "se: over images; of das and importance: over groups")
+    das.report(args, rows, started, lambda: draw(rows))
 
 if __name__ == "__main__":
     main(parse_args())

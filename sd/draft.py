@@ -1,985 +1,396 @@
 """Fine-tune Stable Diffusion on a differentiable reward by back-propagation through its sampler, with and without KL.
-
-Papers: Clark, Vicol, Swersky and Fleet, "Directly Fine-Tuning Diffusion Models on Differentiable Rewards" (DRaFT), ICLR
-2024, arXiv 2309.17400; Prabhudesai et al., "Aligning Text-to-Image Diffusion Models with Reward Backpropagation"
-(AlignProp), arXiv 2310.03739. The baseline of Fig. 2 of DAS (arXiv 2501.05803): what training gains, and what it loses.
-
-Run    python sd/draft.py                                miniature model, CLIP score of the prompt  6.6 CPU minutes
-       python sd/draft.py --quick                        the same, coarse: shows nothing            20 CPU seconds
-       python sd/draft.py --resume                       continue after an interruption
-       python sd/draft.py --methods truncated --back 3 --reward saturation=1 contrast=0.5     weighted rewards
-       On a GPU (not run here): --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reward aesthetic --paper
-       --clip openai/clip-vit-large-patch14 --clip-eval laion/CLIP-ViT-H-14-laion2B-s32B-b79K --dtype bfloat16
-       --chunk 1 --device cuda
-
+Papers: Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards" (DRaFT), ICLR 2024, arXiv
+2309.17400; Prabhudesai et al. (AlignProp), arXiv 2310.03739. figure.png: the baseline of Fig. 2 of DAS.
+Run    python sd/draft.py                      miniature model, CLIP score of the prompt; 4 CPU minutes, --quick: 20 s
+       python sd/draft.py --resume             goes on after an interruption, to the same numbers
+       python sd/draft.py --device cuda --paper --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reward aesthetic
+           --clip openai/clip-vit-large-patch14 --chunk 1              24 GB; `accelerate launch`: several
 The adapter of each method is in out/sd_draft/<method>; diffusers loads it: pipe.load_lora_weights(that folder).
-
-Notation (here -> papers)
-       kl_weight -> alpha    weight of KL(p || base) against a reward in standard deviations of the base model, within
-                             a prompt: the objective is that of sd/das.py, E[r] - kl_weight KL, at a weight that suits
-                             an adapter, which pays far more nats for a standard deviation than the exact tilt
-       abar      -> abar_t   signal power: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps; x are latents
-       back      -> K        sampling steps, the last ones, through which the gradient of the reward runs
-       kl                    nats, of the whole sampling path (Lemma 1 of Khalafi et al., arXiv 2508.19104); no less
-                             than the KL of the images
-
+Read first: draft_update, train. Skip: Diffusion, make_rewards, save_samples, draw, checked, report.
+Notation: abar -> abar_t, signal power: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps; x are latents
+    gain                   reward in standard deviations of the base model's images of the prompt, above their mean
+    kl, nats               of the sampling paths from the base model's, at least that of the images (Khalafi, Lemma 1)
+    kl_weight -> alpha     the objective is E[gain] - kl_weight KL, as in sd/das.py; an adapter pays more for a gain
 Algorithm
-       1. draw latents with the adapter on; at each step, with KL, predict with the adapter off as well     `roll_out`
-       2. decode, reward, and differentiate the whole: kl_weight KL - E[r]                  `draft_update`, `gains`
-       3. Adam on the LoRA weights; what is returned is their average over the last quarter     `train_adapter`
-       `full` differentiates through all steps, `truncated` through the last `back`, `draft_1` through the last one;
-       *_kl has the KL. The KL of a step before the cut has a gradient through the network there, not through x_t.
-
-What you should see (mean ± standard deviation over 3 seeds): without KL the reward passes one standard deviation above
-the base model's within some 10 updates and ends at 2.8±0.2 (`draft_1`), 3.2±0.2 (`truncated`) and 3.4±0.5 (`full`), for
-390 to 580 nats; the score by the other CLIP model falls by 0.09 to 0.11, from 0.81, and `full` has 1.22, 0.56 and 0.47
-of the base model's diversity in the three seeds. With KL it is 1.6±0.2 for 16±3 nats, 0.03±0.02 of that score and 0.85
-of the diversity; the objective is 0.8±0.1, of at least 2.6 that the exact tilt has (row bound). The dotted curve is the
-least KL for a gain. A gradient of the last steps alone buys most reward for least time, and spoils most.
-To try: --methods full --updates 200: how far does the reward go, and what do the images become?
+    1. draw latents with the adapter on; with KL, predict with the adapter off as well                `draft_update`
+    2. decode, reward, and differentiate kl_weight KL - E[gain] through the last `back` steps
+    3. Adam on the LoRA weights                                                                       `train`
+    draft_1 goes back one step, draft and draft_kl through all of them; draft_kl has the KL.
+What you should see (seed 0): WHAT
 """
-import argparse
-import importlib.metadata
-import io
-import json
-import math
-import os
-import pathlib
-import pickle
-import resource
-import sys
-import time
-import types
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import argparse, csv, io, json, math, os, pathlib, runpy, sys, time
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image
+if __name__ == "__main__": os.environ |= dict(MPLBACKEND="agg", TRANSFORMERS_VERBOSITY="error")
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.training_utils import cast_training_params
+from matplotlib.figure import Figure
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from tqdm import trange
+from transformers import CLIPModel, CLIPTokenizer
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-PRESETS = {  # what the size flags default to
-    "quick": dict(updates=4, batch=4, steps=4, images=4),
-    "default": dict(updates=30, batch=16, steps=10, images=64),
-    "paper": dict(updates=500, batch=64, steps=50, images=64),
-}
-METHODS = ("draft_1", "truncated", "truncated_kl", "full", "full_kl")
-DEFAULT = ["draft_1", "truncated", "full", "full_kl"]
-REWARDS = ("jpeg", "saturation", "contrast", "clip", "pickscore", "aesthetic")
-PROMPTS = ["a photo of a cat", "a photo of a horse", "a photo of a fish", "a photo of a butterfly"]
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
+MINI = pathlib.Path(__file__).resolve().parent / "mini"
+PROMPTS = ["a photo of a cat", "a photo of a horse", "a photo of a monkey", "a photo of a fish"]
+METHODS = dict(draft_1=dict(back=1), draft={}, draft_kl=dict(kl=True))
 
 def parse_args(argv=None):
-    parser = common_parser(__doc__)
-    model_flags(parser, PROMPTS, [("clip", 1.0)])
-    training_flags(parser, 1e-3)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
-    parser.add_argument("--back", type=positive(int), default=3, help="steps that `truncated` differentiates through")
-    parser.add_argument("--kl-weight", type=positive(float), default=0.05, help="of the methods with KL")
-    args = parser.parse_args(argv)
-    check_training_flags(parser, args)
-    if "jpeg" in dict(args.reward):
-        parser.error("--reward jpeg has no gradient: sd/ddpo.py needs none")
-    if args.back > args.steps:
-        parser.error(f"--back can be at most the --steps {args.steps}")
-    return args
-
-
-# ---- shared: flags, models and rewards of every script of this folder ------------------------------------------------
-
-
-def model_flags(parser, prompts, rewards):
-    """Add the flags that say which model draws what for which rewards; prompts and rewards are the defaults."""
-    parser.add_argument("--model", default="sd/mini", help="folder in the layout of diffusers, or hub id")
-    parser.add_argument("--lora", help="folder or hub id of an adapter to load")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--prompts", type=prompt_list, nargs="+", action=Joined, default=prompts,
-                        help="prompts, or a .txt file with one a line")
-    parser.add_argument("--reward", type=weighted_name, nargs="+", default=rewards, help="NAME or NAME=WEIGHT, of "
-                        f"{', '.join(REWARDS)}; jpeg is compressibility, jpeg=-1 incompressibility")
-    parser.add_argument("--clip", default="sd/mini/clip_reward", help="CLIP model of the rewards clip and aesthetic")
-    parser.add_argument("--clip-eval", default="sd/mini/clip_eval", help="CLIP model that only evaluates")
-    parser.add_argument("--pickscore", default="yuvalkirstain/PickScore_v1", help="CLIP model of that reward")
-    parser.add_argument("--aesthetic", default="sac+logos+ava1-l14-linearMSE.pth", help="file of LAION's head")
-    parser.add_argument("--steps", type=positive(int), help="sampling steps, at most 1000")
-    parser.add_argument("--guidance", type=positive(float), default=4.0, help="classifier-free guidance, 1 is none")
-    parser.add_argument("--chunk", type=positive(int), default=64,
-                        help="images in one call, of all processes together: this sets the memory")
-
-
-class Joined(argparse.Action):
-    """The lists that a flag's type makes of its words, joined into one."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, sum(values, []))
-
-
-def prompt_list(text):
-    """An argparse type: a prompt, or a .txt file of prompts -> list of prompts."""
-    if not text.endswith(".txt"):
-        lines = [text]
-    else:
-        try:
-            lines = pathlib.Path(text).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise argparse.ArgumentTypeError(f"{text} cannot be read ({type(error).__name__})") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise argparse.ArgumentTypeError(f"{text!r} holds no prompt")
-    return prompts
-
-
-def weighted_name(text):
-    """An argparse type: NAME or NAME=WEIGHT of a reward -> (name, weight)."""
-    name, _, weight = text.partition("=")
-    if name not in REWARDS:
-        raise argparse.ArgumentTypeError(f"there is no reward {name!r}, only {', '.join(REWARDS)}")
-    try:
-        weight = float(weight or 1)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise argparse.ArgumentTypeError(f"the weight of {text!r} is no number")
-    return name, weight
-
-
-def load_world(args):
-    """The models of model_flags: a namespace of pipe, unet, scheduler, decode (latents -> images), shape (C, h, w),
-
-    the embeddings cond (K, L, d) of the K prompts and uncond (1, L, d) of the empty one; rewards, see load_rewards;
-    judge, the CLIP model that only evaluates, and judge_texts (K, d), unit vectors of the prompts there.
-    """
-    dtype = getattr(torch, args.dtype)
-    pipe = load_pipeline(args.model, args.device, dtype)
-    if args.lora:
-        load_adapter(pipe, args.lora)
-    judge, size = load_clip(args.clip_eval, args.device, dtype), pipe.unet.config.sample_size
-    return types.SimpleNamespace(
-        pipe=pipe, unet=pipe.unet, scheduler=pipe.scheduler, decode=image_decoder(pipe.vae, args.chunk),
-        shape=(pipe.unet.config.in_channels, size, size), cond=encode_prompts(pipe, args.prompts),
-        uncond=encode_prompts(pipe, [""]), rewards=load_rewards([name for name, _ in args.reward], args),
-        judge=judge, judge_texts=clip_text(judge, args.prompts))
-
-
-def load_rewards(names, args):
-    """{name: function of images (n, 3, H, W) in [0, 1] and the number of their prompt -> rewards (n,), float32}.
-
-    The number counts args.prompts: an integer for all images, or a tensor (n,). All but jpeg have a gradient.
-    """
-    dtype = getattr(torch, args.dtype)
-    plain = dict(jpeg=jpeg_reward, saturation=saturation_reward, contrast=contrast_reward)
-    clip = load_clip(args.clip, args.device, dtype) if {"clip", "aesthetic"} & set(names) else None
-    if "aesthetic" in names:
-        plain["aesthetic"] = aesthetic_reward(clip, args.aesthetic)
-    rewards = {name: lambda images, number, reward=reward: reward(images) for name, reward in plain.items()}
-    if "clip" in names:
-        rewards["clip"] = clip_reward(clip, args.prompts)
-    if "pickscore" in names:
-        net = load_clip(args.pickscore, args.device, dtype)
-        rewards["pickscore"] = clip_reward(net, args.prompts, net.net.logit_scale.exp().item())  # about 20
-    return {name: rewards[name] for name in names}
-
-
-def jpeg_reward(images):
-    """Compressibility: minus the kilobytes of a JPEG file of quality 95 (DDPO), (n, 3, H, W) -> (n,). No gradient."""
-    sizes = []
-    for pixels in (images_in_range(images.detach()) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, format="JPEG", quality=95)
-        sizes.append(-file.tell() / 1000)
-    return torch.tensor(sizes, device=images.device)
-
-
-def saturation_reward(images):
-    """Mean of (max - min) / max over the colours of a pixel, images (n, 3, H, W) in [0, 1] -> (n,)."""
-    high, low = images_in_range(images).amax(1), images.amin(1)
-    return ((high - low) / (high + 1e-8)).mean((1, 2))
-
-
-def contrast_reward(images):
-    """Local contrast: mean distance of the luminance from its Gaussian blur (5 x 5, sigma 1), (n, 3, H, W) -> (n,)."""
-    gray = torch.einsum("nchw,c->nhw", images_in_range(images), torch.tensor([0.2126, 0.7152, 0.0722]).to(images))
-    line = torch.exp(-0.5 * torch.arange(-2.0, 3.0).to(images) ** 2)
-    kernel = torch.outer(line, line) / line.sum() ** 2
-    blur = F.conv2d(F.pad(gray[:, None], (2, 2, 2, 2), mode="reflect"), kernel[None, None])[:, 0]
-    return (gray - blur).abs().mean((1, 2))
-
-
-def clip_reward(clip, prompts, scale=1.0):
-    """The function: images (n, 3, H, W) in [0, 1] and the number of their prompt -> cosine with it times scale (n,)."""
-    texts = scale * clip_text(clip, prompts)
-    return lambda images, number: (clip_images(clip, images) * texts[number]).sum(1)
-
-
-def aesthetic_reward(clip, path):
-    """The function: images (n, 3, H, W) in [0, 1] -> LAION's aesthetic score (n,), about 1 to 10.
-
-    Its five linear layers have nothing between them but dropout: they are one, their product, on CLIP ViT-L/14.
-    """
-    try:
-        state = torch.load(path, map_location=clip.net.device, weights_only=True)
-        weight = torch.eye(clip.net.config.projection_dim, device=clip.net.device)
-        bias = torch.zeros(len(weight), device=clip.net.device)
-        for layer in (0, 2, 4, 6, 7):
-            matrix, offset = (state[f"layers.{layer}.{part}"].float() for part in ("weight", "bias"))
-            weight, bias = matrix @ weight, matrix @ bias + offset
-    except (OSError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fail(f"The reward aesthetic needs LAION's file sac+logos+ava1-l14-linearMSE.pth, from "
-             f"github.com/christophschuhmann/improved-aesthetic-predictor, by --aesthetic, and --clip "
-             f"openai/clip-vit-large-patch14: {path} does not fit ({type(error).__name__}).")
-    return lambda images: clip_images(clip, images) @ weight[0] + bias
-
-
-# ---- the method ------------------------------------------------------------------------------------------------------
-
-
-def draft_update(world, args, kl_weight, back):
-    """The function that `train_adapter` calls for one step: descends kl_weight KL - E[r] through the last `back` steps.
-
-    The batch is taken in parts of `chunk`; where there are several, what the backward pass needs is computed again,
-    step by step: memory is that of one prediction of one part, and the latents.
-    """
-    timesteps, abar = path_schedule(world.scheduler, args.steps)
-    weight = dict(args.reward)
-
-    def update(rng, descend, state):
-        number = draw_prompts(len(world.cond), args.batch, args.batch, rng)
-        totals = torch.zeros(2)
-        noise = path_noise(world, args, args.batch, rng)
-        for part, z in zip(number.split(args.chunk), noise.split(args.chunk, 1)):
-            policy = prompted(world, args, part)
-            base = without_adapter(world.unet, policy) if kl_weight else None
-            x, kl = roll_out(policy, base, z, timesteps, abar, args.eta, back, args.chunk < args.batch)
-            r = sum(weight[name] * value for name, value in gains(world, world.decode(x), part).items())
-            ((kl_weight * kl - r).sum() / args.batch).backward()
-            totals += torch.stack([r.detach().sum(), kl.detach().sum()]).cpu() / args.batch
-        descend()
-        return dict(zip(("gain", "kl"), totals.tolist()))
-
-    return update
-
-
-# ---- shared: training of adapters ------------------------------------------------------------------------------------
-
-
-def training_flags(parser, lr):
-    """Add the flags of the scripts that train an adapter; lr is the default step of Adam."""
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in the folder of results")
-    parser.add_argument("--rank", type=positive(int), default=4, help="of the LoRA adapter")
-    parser.add_argument("--lr", type=positive(float), default=lr, help="step of Adam")
-    parser.add_argument("--updates", type=positive(int), help="rounds of training of each method")
-    parser.add_argument("--batch", type=positive(int), help="images of one round")
-    parser.add_argument("--eta", type=positive(float), default=1.0, help="noise of the DDIM kernel, at most 1 (DDPM)")
-    parser.add_argument("--images", type=positive(int), help="images of each prompt that are measured, at least 2")
-
-
-def check_training_flags(parser, args):
-    """Fill in the sizes of the preset; end where the flags make no sense."""
-    for name, value in PRESETS["quick" if args.quick else "paper" if args.paper else "default"].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.steps > 1000 or args.eta > 1:
-        parser.error("--steps can be at most 1000 and --eta at most 1")
-    if args.images < 2:
-        parser.error("--images must be at least 2: diversity is that of two images")
-    if args.batch < processes()[0]:
-        parser.error(f"--batch {args.batch} cannot be shared out to {processes()[0]} processes")
-
-
-def fresh_adapter(unet, rank, rng):
-    """A new LoRA adapter W + B A on the attention of a UNet -> {name: weight}, float32; A is normal, B zero.
-
-    At first it changes nothing. lora_alpha is the rank, so that a file of the weights alone tells everything.
-    """
-    import peft
-    if getattr(unet, "peft_config", None):
-        unet.delete_adapters(list(unet.peft_config))
-    unet.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    weights = {name: value for name, value in unet.named_parameters() if "lora_" in name}
-    for name, value in weights.items():
-        value.data = torch.zeros_like(value, dtype=torch.float32)
-        if "lora_A" in name:
-            torch.nn.init.normal_(value, std=1 / rank, generator=rng)
-    return weights
-
-
-def save_adapter(unet, folder):
-    """Write the adapter as diffusers does: pipe.load_lora_weights(folder) loads it onto the base model."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name="default"))
-    write_atomically(folder / "pytorch_lora_weights.safetensors",
-                     lambda part: StableDiffusionPipeline.save_lora_weights(part.parent, layers, weight_name=part.name))
-
-
-def without_adapter(unet, predict_noise):
-    """predict_noise(x, t) of the base model: the adapter is off during each call, also one that is made again."""
-
-    def base_noise(x, t):
-        unet.disable_adapters()
-        try:
-            return predict_noise(x, t)
-        finally:
-            unet.enable_adapters()
-
-    return base_noise
-
-
-def prompted(world, args, number, chunk=None):
-    """predict_noise(x, t) of the UNet with its adapter, for latents of the prompts number (n,), or (1,) for all."""
-    return noise_predictor(world.unet, world.cond[number], world.uncond, args.guidance, chunk)
-
-
-def roll_out(policy, base, noise, timesteps, abar, eta=1.0, back=None, recompute=False):
-    """noise (T + 1, N, ...), that of the start first -> samples (N, ...), KL of their paths from the base (N,), nats.
-
-    Lemma 1: kernels of one variance differ by their means, so that a step costs |mean_p - mean_q|^2 / (2 sigma^2).
-    base None: no KL. The gradient of the samples runs through the last `back` steps (None: all); before, x is cut off,
-    and only the KL of a step has one. recompute: predict again in the backward pass.
-    """
-    steps, grad, x = len(timesteps), torch.is_grad_enabled(), noise[0]
-    cut, kl = steps - (back or steps), torch.zeros_like(x.flatten(1)[:, 0])
-
-    def kernel(predict, x, i):
-        eps = (checkpoint(predict, x, timesteps[i], use_reentrant=False) if recompute and torch.is_grad_enabled()
-               else predict(x, timesteps[i]))
-        return ddim_kernel((x - (1 - abar[i]) ** 0.5 * eps) / abar[i] ** 0.5, eps, abar[i], abar[i + 1], eta)
-
-    for i in range(steps):
-        x = x.detach() if i <= cut else x
-        with torch.set_grad_enabled(grad and (i >= cut or base is not None)):
-            mean, sigma = kernel(policy, x, i)
-            if base is not None:
-                kl = kl + (mean - kernel(base, x, i)[0]).flatten(1).pow(2).sum(1) / (2 * sigma**2)
-        x = mean + sigma * noise[i + 1]
-    return x, kl
-
-
-def path_noise(world, args, n, rng):
-    """The noise of n sampling paths: at the start, then of each step (T + 1, n, C, h, w)."""
-    return torch.randn(args.steps + 1, n, *world.shape, generator=rng, device=rng.device)
-
-
-def draw_prompts(count, batch, most, rng):
-    """Numbers of the prompts of a batch, sorted (batch,): at most `most` of the `count` at random, in equal shares."""
-    chosen = torch.randperm(count, generator=rng, device=rng.device)[:most]
-    return chosen[torch.arange(batch, device=rng.device) % len(chosen)].sort()[0]
-
-
-def gains(world, images, number):
-    """Rewards of images (n, 3, H, W) of the prompts number (n,) -> {name: (n,)}.
-
-    Each is the excess over the base model's mean for its prompt, in the base model's standard deviations.
-    """
-    raw = {name: checked(reward(images, number), number.shape) for name, reward in world.rewards.items()}
-    return {name: (value - world.level[name][number]) / world.spread[name] for name, value in raw.items()}
-
-
-def train_adapter(name, world, update, args, folder, state=None, averaged=0.25):
-    """A fresh adapter trained by args.updates calls of update(rng, descend, state) -> trace, a list of dicts of floats.
-
-    update leaves gradients and calls descend() for a step of Adam; state is a dict of tensors of its own. At the end
-    the adapter holds the average of its weights over the last quarter, or the part `averaged`. Twenty times there is a
-    checkpoint, with the state of all that is random: --resume gives the same bytes as a run without interruption.
-    """
-    other = ("out", "resume", "methods", "problem", "images", "chunk", "device")
-    settings = json.dumps([name, {key: value for key, value in vars(args).items() if key not in other}])
-    path, rng = folder / f"{name}.pt", torch.Generator(args.device).manual_seed(args.seed)
-    weights, trace, first, state = fresh_adapter(world.unet, args.rank, rng), [], 0, state or {}
-    average = {key: torch.zeros_like(value) for key, value in weights.items()}
-    optimizer = torch.optim.Adam(weights.values(), args.lr, betas=(0.9, 0.99))
-    if args.resume and path.exists():
-        stored = read_checkpoint(path, settings, args.device)
-        first, trace, average = stored["step"], stored["trace"], stored["average"]
-        optimizer.load_state_dict(stored["optimizer"])
-        rng.set_state(stored["rng"].cpu())
-        state.update(stored["state"])
-        for key, value in weights.items():
-            value.data.copy_(stored["weights"][key])
-
-    def descend():
-        for value in weights.values():
-            value.grad = process_sum(value.grad)  # each process has that of its share of the batch
-        if not torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).isfinite():
-            fail(f"{name}: the gradient is not finite; lower --lr, or try --dtype bfloat16 or float32.")
-        optimizer.step()
-        optimizer.zero_grad()
-
-    late = int(args.updates * (1 - averaged))
-    for step in range(first, args.updates):
-        trace.append(update(rng, descend, state))
-        if step >= late:
-            for key, value in weights.items():
-                average[key] += value.detach() / (args.updates - late)
-        if (step + 1) % max(1, args.updates // 20) == 0 or step + 1 == args.updates:
-            record = dict(settings=settings, step=step + 1, trace=trace, average=average, state=state,
-                          optimizer=optimizer.state_dict(), rng=rng.get_state(),
-                          weights={key: value.detach() for key, value in weights.items()})
-            write_atomically(path, lambda part: torch.save(record, part))
-            now = ", ".join(f"{key} {value:.2f}" for key, value in trace[-1].items())
-            progress(f"{name}: {now}; update", step + 1, args.updates)
-    for key, value in weights.items():
-        value.data.copy_(average[key])
-    return trace
-
-
-def read_checkpoint(path, settings, device):
-    """The checkpoint of a training with these settings."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        if state["settings"] != settings:
-            fail(f"{path} was trained with other settings ({state['settings']}): delete it, or run without --resume.")
-    except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fail(f"{path} is no checkpoint of this script ({type(error).__name__}): delete it to train again.")
-    return state
-
-
-# ---- shared: measures of adapters ------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def draw_images(world, args, adapted):
-    """Images of every prompt, from the same noise for every adapter, and what is measured on them -> a namespace of
-
-    images (K, n, 3, H, W), rewards {name: (K, n)} in their own units, kl (K, n), clip_eval (K, n), and diversity, the
-    mean of 1 - cosine between two images of a prompt under the CLIP model that only evaluates.
-    """
-    timesteps, abar = path_schedule(world.scheduler, args.steps)
-    found, units = dict(images=[], kl=[], clip_eval=[]), []
-    rewards = {name: [] for name in world.rewards}
-    for k in range(len(world.cond)):
-        rng = torch.Generator(args.device).manual_seed(1000 * args.seed + k)
-        policy = prompted(world, args, [k], args.chunk)
-        noise = path_noise(world, args, args.images, rng)
-        base = without_adapter(world.unet, policy) if adapted else None
-        x, kl = roll_out(policy, base, noise, timesteps, abar, args.eta)
-        images = world.decode(x)
-        unit = clip_images(world.judge, images, args.chunk)
-        for name, values in rewards.items():
-            values.append(checked(world.rewards[name](images, k), kl.shape))
-        for values, value in zip(found.values(), (images.cpu(), kl, unit @ world.judge_texts[k])):
-            values.append(value)
-        units.append(unit)
-        progress("images of prompt", k + 1, len(world.cond))
-    stacked = {name: torch.stack(values) for name, values in rewards.items()}
-    return types.SimpleNamespace(rewards=stacked, diversity=pair_distance(torch.stack(units)),
-                                 **{name: torch.stack(values) for name, values in found.items()})
-
-
-def measure_base(world, args):
-    """Images of the base model; sets world.level {name: (K,)} and world.spread {name: float}, see `gains`."""
-    if args.lora:  # a part of the base model from now on
-        world.unet.fuse_lora()
-        world.unet.unload_lora()
-    base = draw_images(world, args, False)
-    world.level = {name: values.mean(1) for name, values in base.rewards.items()}
-    world.spread = {name: values.var(1).mean().sqrt().item() for name, values in base.rewards.items()}
-    if not all(world.spread.values()):
-        fail(f"The base model's images all have the same reward: {world.spread}.")
-    return base
-
-
-def paired_row(name, values, before=None, exact=None):
-    """A row of the mean of values (K, n), with its standard error within prompts.
-
-    before (K, n), the base model's from the same noise, is known in the mean: the error is that of the difference.
-    """
-    spread = (values if before is None else values - before).var(1).mean()
-    return row(name, values.mean().item(), (spread / values.numel()).sqrt().item(), exact)
-
-
-def weighted_gain(world, args, found):
-    """Sum of the rewards of measured images above the base model's, in its standard deviations, weighted (K, n)."""
-    return sum(weight * (found.rewards[name] - world.level[name][:, None]) / world.spread[name]
-               for name, weight in args.reward)
-
-
-def adapter_rows(world, args, results):
-    """The rows of {method: measured images}, `base` among them, and `bound`, what no model of any kind can exceed.
-
-    objective = gain - kl_weight KL <= kl_weight log E_base[exp(gain / kl_weight)], the value of the exact tilt
-    (Donsker and Varadhan), here by importance sampling from the base model's images: too low where bound.all.ess, the
-    effective number of them per prompt, is small.
-    """
-    rows, base = [], results["base"]
-    gain = {method: weighted_gain(world, args, found) for method, found in results.items()}
-    for method, found in results.items():
-        rows += [paired_row(f"{method}.all.gain", gain[method], gain["base"]),
-                 *(paired_row(f"{method}.all.{name}", values, base.rewards[name] if method != "base" else None)
-                   for name, values in found.rewards.items()),
-                 paired_row(f"{method}.all.clip_eval", found.clip_eval),
-                 paired_row(f"{method}.all.clip_eval_change", found.clip_eval - base.clip_eval),
-                 row(f"{method}.all.diversity", found.diversity),
-                 paired_row(f"{method}.all.kl", found.kl),
-                 paired_row(f"{method}.all.objective", gain[method] - args.kl_weight * found.kl)]
-    logs = [log_mean_and_se(r / args.kl_weight) for r in gain["base"]]
-    rows.append(row("bound.all.objective", args.kl_weight * sum(value for value, _ in logs) / len(logs),
-                    args.kl_weight * math.hypot(*(se for _, se in logs)) / len(logs)))
-    w = (gain["base"] / args.kl_weight).softmax(1)
-    rows.append(row("bound.all.ess", (1 / (w**2).sum(1)).mean().item()))
-    return rows
-
-
-def pair_distance(unit):
-    """Unit vectors (K, k, d) -> mean of 1 - cosine over the pairs within each of the K sets."""
-    k = unit.shape[1]
-    return ((1 - unit @ unit.mT).sum((1, 2)) / (k * (k - 1))).mean().item()
-
-
-def log_mean_and_se(log_values):
-    """Independent unbiased estimates of Z, as logarithms (G,) -> log of their mean, its standard error."""
-    top = log_values.max().item()
-    mean, se = mean_and_se((log_values.double() - top).exp())
-    return top + math.log(mean), se and se / mean
-
-
-def mean_and_se(values):
-    """Independent values (G,) -> their mean and its standard error (None for a single one)."""
-    return values.mean().item(), values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
-
-
-# ---- the figure ------------------------------------------------------------------------------------------------------
-
-TITLES = {"base": "base", "draft_1": "DRaFT-1", "truncated": "truncated", "truncated_kl": "truncated, KL",
-          "full": "full", "full_kl": "full, KL"}
-COLORS = {"base": "#555555", "draft_1": "#CC79A7", "truncated": "#E69F00", "truncated_kl": "#009E73", "full": "#D55E00",
-          "full_kl": "#0072B2"}
-
-
-def draw_adapters(path, args, world, rows, results, traces):
-    """A line of images for each method, from the same noise; training curves; gain against KL and what is lost."""
-    value = {r["name"]: (r["estimate"], r["se"] or 0) for r in rows}
-    figure = plt.figure(figsize=(10, 0.72 * len(results) + 2.8))
-    grid = figure.add_gridspec(len(results) + 1, 4, height_ratios=[1] * len(results) + [3.4])
-    draw_lines(figure, grid, args, results, TITLES)
-    panels = [figure.add_subplot(grid[-1, k]) for k in range(4)]
-    for method, trace in traces.items():
-        panels[0].plot(smoothed(trace, "gain"), color=COLORS[method], linewidth=1)
-    for method, marker in zip(results, "osD^v*"):
-        gain = value[f"{method}.all.gain"]
-        for ax, key in zip(panels[1:], ("kl", "clip_eval", "diversity")):
-            other = value[f"{method}.all.{key}"]
-            ax.errorbar(gain[0], other[0], 2 * other[1], 2 * gain[1], marker=marker, color=COLORS[method], capsize=2,
-                        label=TITLES[method], linestyle="none")
-    base = weighted_gain(world, args, results["base"])
-    tilts = [(base * scale).softmax(1) for scale in torch.linspace(0, 3, 31)]
-    curve = [((w * base).sum(1).mean().item(), (w * (w * args.images).log()).sum(1).mean().item()) for w in tilts]
-    panels[1].plot(*zip(*curve), color="black", linestyle=":")
-    panels[0].set(xlabel="update", ylabel="gain")
-    for ax, key in zip(panels[1:], ("KL, nats (dotted: the least)", "CLIP score, other model", "diversity")):
-        ax.set(xlabel="gain", ylabel=key)
-    panels[3].legend(fontsize=6)
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-def draw_lines(figure, grid, args, results, titles):
-    """A line of images for each method of {method: measured images}, from the same noise; the prompts above."""
-    shown, per = min(4, len(args.prompts)), min(4, args.images)
-    for line, (method, found) in enumerate(results.items()):
-        ax = figure.add_subplot(grid[line, :])
-        images = [F.pad(torch.cat(list(prompt[:per]), 2), (2, 2, 2, 2), value=1.0) for prompt in found.images[:shown]]
-        ax.imshow(torch.cat(images, 2).permute(1, 2, 0).numpy(), interpolation="bicubic")
-        ax.set(xticks=[], yticks=[])
-        ax.set_ylabel(titles[method], rotation=0, ha="right", va="center")
-        for side in ax.spines.values():
-            side.set_visible(False)
-        for k, prompt in enumerate(args.prompts[:shown] if line == 0 else ()):
-            ax.text((k + 0.5) * images[0].shape[2], -4, prompt, ha="center", va="bottom", fontsize=8)
-
-
-def smoothed(trace, key, width=5):
-    """The moving average of one quantity of a trace, a list of dicts -> (rounds,)."""
-    curve = torch.tensor([point[key] for point in trace])
-    half = min(width, len(curve)) // 2
-    return F.avg_pool1d(F.pad(curve[None], (half, half), mode="replicate"), 2 * half + 1, 1)[0]
-
-
-# ---- shared: a Stable Diffusion model from a folder or the hub -------------------------------------------------------
-
-
-def load_pipeline(model, device="cpu", dtype=torch.float32):
-    """A frozen StableDiffusionPipeline with the DDIM form of its schedule: Stable Diffusion v1.x or the miniature.
-
-    model is a folder in the layout of diffusers or a hub id. Other kinds of models end in one sentence.
-    """
-    import diffusers
-    import transformers
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    try:
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(model), safety_checker=None,
-                                                                 requires_safety_checker=False)
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-    except Exception as error:  # every library below raises its own
-        fail(f"{model} is no Stable Diffusion model: neither a folder with model_index.json, unet, vae, text_encoder, "
-             f"tokenizer and scheduler, nor an id that the hub gives now ({type(error).__name__}). Where there is a "
-             f"network: hf download {model}.")
-    if pipe.scheduler.config.prediction_type != "epsilon" or pipe.unet.config.in_channels != 4:
-        fail(f"{model} does not predict the noise of 4 latent channels, as Stable Diffusion v1.x does.")
-    pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False).to(device, dtype).eval()
-    return pipe
-
-
-def load_adapter(pipe, folder, name="default"):
-    """Load frozen LoRA weights, as diffusers saves them for a pipeline, onto the UNet under a name; switch them on."""
-    try:
-        pipe.load_lora_weights(str(folder), adapter_name=name, weight_name="pytorch_lora_weights.safetensors")
-    except Exception as error:  # every library below raises its own
-        fail(f"{folder} holds no LoRA weights of this UNet in a file pytorch_lora_weights.safetensors "
-             f"({type(error).__name__}).")
-    pipe.unet.requires_grad_(False).to(pipe.unet.device, pipe.unet.dtype)
-
-
-def load_clip(model, device="cpu", dtype=torch.float32):
-    """A frozen CLIPModel (OpenAI, LAION, PickScore, or one of the miniature's) -> namespace of net and tokenizer."""
-    import transformers
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        net = transformers.CLIPModel.from_pretrained(str(model)).requires_grad_(False).to(device, dtype).eval()
-        return types.SimpleNamespace(net=net, tokenizer=transformers.CLIPTokenizer.from_pretrained(str(model)))
-    except Exception as error:  # every library below raises its own
-        fail(f"{model} is no CLIP model: neither a folder with config.json, model.safetensors and a tokenizer, nor an "
-             f"id that the hub gives now ({type(error).__name__}). Where there is a network: hf download {model}.")
-
-
-def processes():
-    """How many processes work together, see `join_processes`, and the number of this one."""
-    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-
-
-def process_sum(x):
-    """The sum of a tensor over the processes."""
-    if processes()[0] > 1:
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-    return x
-
-
-def over_processes(function):
-    """function of tensors (n, ...) whose rows are independent -> (n, ...), each process working out a share of the n.
-
-    All processes get all rows, and the whole gradient of the tensors; that of a weight is the one of their share.
-    """
-
-    def shared(*tensors):
-        (count, number), n = processes(), len(tensors[0])
-        if count == 1:
-            return function(*tensors)
-        size = -(-n // count)  # where count does not divide n, the last row is worked out again
-        mine = torch.arange(number * size, number * size + size, device=tensors[0].device).clamp(max=n - 1)
-        tensors = [tensor.view_as(tensor) for tensor in tensors]
-        for tensor in tensors:
-            if tensor.requires_grad:
-                tensor.register_hook(process_sum)
-        own = function(*(tensor[mine] for tensor in tensors))
-        parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(count)]
-        dist.all_gather(parts, own.detach().contiguous())
-        parts[number] = own  # the same numbers, with a gradient
-        return torch.cat(parts)[:n]
-
-    return shared
-
-
-def in_chunks(function, chunk, *tensors):
-    """function of the tensors (n, ...) in slices of `chunk` (None: all at once) -> its results (n, ...) joined.
-
-    Where a gradient is wanted, each slice is computed again in the backward pass: memory is that of one slice.
-    """
-    if (chunk or processes()[0]) < processes()[0]:
-        fail(f"--chunk {chunk} is less than the {processes()[0]} processes, and counts the images of all of them.")
-    parts = list(zip(*(tensor.split(chunk or len(tensor)) for tensor in tensors)))
-    if len(parts) > 1 and torch.is_grad_enabled():
-        return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
-    return torch.cat([function(*part) for part in parts])
-
-
-def tokenize(tokenizer, prompts):
-    """K prompts -> token ids (K, L) of the tokenizer's full length, the rest cut off."""
-    length = tokenizer.model_max_length
-    return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True).input_ids
-
-
-@torch.no_grad()
-def encode_prompts(pipe, prompts):
-    """K prompts -> their embeddings (K, L, d) by the text encoder; of [""] the unconditional one."""
-    ids = torch.tensor(tokenize(pipe.tokenizer, prompts), device=pipe.text_encoder.device)
-    return pipe.text_encoder(ids)[0]
-
-
-def noise_predictor(unet, cond, uncond=None, guidance=1.0, chunk=None):
-    """The function predict_noise(x, t) -> eps of a UNet and prompts, with classifier-free guidance.
-
-    cond (1, L, d), one prompt for all, or (n, L, d), one for each; uncond (1, L, d). predict_noise takes latents x
-    (n, C, h, w) and a time step t (int) or (n,), gives eps (n, C, h, w) in the dtype of x, and runs the UNet on
-    `chunk` latents at once: eps = eps(uncond) + guidance (eps(cond) - eps(uncond)), without uncond at guidance 1.
-    """
-    dtype = next(unet.parameters()).dtype
-
-    @over_processes
-    def plain(x, t, cond):
-        return unet(x.to(dtype), t, encoder_hidden_states=cond.to(dtype)).sample.to(x.dtype)
-
-    def guided(x, t, cond):
-        eps, free = plain(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([cond, uncond.expand_as(cond)])).chunk(2)
-        return free + guidance * (eps - free)
-
-    def predict_noise(x, t):
-        if len(cond) not in (1, len(x)):
-            raise ValueError(f"{len(cond)} prompts for {len(x)} latents")
-        t = torch.as_tensor(t, device=x.device).expand(len(x))
-        return in_chunks(plain if guidance == 1 else guided, chunk, x, t, cond.expand(len(x), -1, -1))
-
-    return predict_noise
-
-
-def image_decoder(vae, chunk=None):
-    """The function decode(latents (n, C, h, w)) -> images (n, 3, H, W) in [0, 1], float32, with a gradient."""
-    dtype = next(vae.parameters()).dtype
-
-    @over_processes
-    def part(latents):
-        return (vae.decode((latents / vae.config.scaling_factor).to(dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
-
-    return lambda latents: in_chunks(part, chunk, latents)
-
-
-def images_in_range(images):
-    """images (n, 3, H, W), if they lie in [0, 1]: what every reward takes, and asserts."""
-    assert images.dim() == 4 and images.shape[1] == 3, f"images have shape {tuple(images.shape)}"
-    low, high = images.detach().aminmax()
-    assert 0 <= low and high <= 1, f"images reach from {low.item():.3g} to {high.item():.3g}, not within [0, 1]"
-    return images
-
-
-@torch.no_grad()
-def clip_text(clip, prompts):
-    """K prompts -> unit vectors (K, d), float32."""
-    ids = torch.tensor(tokenize(clip.tokenizer, prompts), device=clip.net.device)
-    return F.normalize(clip.net.text_projection(clip.net.text_model(input_ids=ids).pooler_output).float(), dim=1)
-
-
-def clip_images(clip, images, chunk=None):
-    """images (n, 3, H, H) in [0, 1] -> unit vectors (n, d), float32, with a gradient; with clip_text: the CLIP score.
-
-    One preprocessing, that of OpenAI's models: bicubic scaling to the model's size, then CLIP_MEAN and CLIP_STD.
-    """
-    size = clip.net.config.vision_config.image_size
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
-
-    @over_processes
-    def part(images):
-        if images.shape[2:] != (size, size):
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        pixels = ((images - mean) / std).to(clip.net.dtype)
-        return F.normalize(clip.net.visual_projection(clip.net.vision_model(pixels).pooler_output).float(), dim=1)
-
-    return in_chunks(part, chunk, images_in_range(images))
-
-
-def path_schedule(scheduler, steps):
-    """Time steps (T,) and signal powers (T + 1,) of a sampling path: the result has the schedule's least noise."""
-    times, abar = snr_levels(scheduler, steps + 1)
-    return times[:-1], abar
-
-
-def snr_levels(scheduler, count):
-    """`count` levels of the model's schedule, evenly spaced in log SNR from noise to data -> time steps, abar, lists.
-
-    Where a step multiplies the SNR by the same factor everywhere, none of them dominates the KL of the paths. The
-    steps of diffusers are even in t: the last but one multiplies it by 80 in 10 steps. Where two levels would be the
-    same, near the data, they are one time step apart.
-    """
-    snr = (scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())).log()
-    wanted = torch.linspace(snr[-1].item(), snr[0].item(), count, dtype=torch.float64)
-    times = (snr[:, None] - wanted).abs().argmin(0).maximum(torch.arange(count).flip(0))
-    if count > len(snr) or times.unique().numel() < count:
-        fail(f"The model's schedule has no {count} different levels: take fewer steps.")
-    return times.tolist(), scheduler.alphas_cumprod.double()[times].tolist()
-
-
-def ddim_kernel(x0_hat, eps, abar, abar_next, eta):
-    """Mean (N, ...) and standard deviation (float) of p(x_{t-1} | x_t); eta = 1 is DDPM. DDIM (Song 2021) eq. 12."""
-    sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
-    return abar_next**0.5 * x0_hat + max(1 - abar_next - sigma**2, 0.0) ** 0.5 * eps, sigma
-
-
-def checked(value, shape):
-    """value, a reward or its gradient, if it has this shape and is finite."""
-    if value.shape != shape or not value.isfinite().all():
-        fail(f"The reward must be one finite number per sample, with a finite gradient: expected shape {tuple(shape)}, "
-             f"got {tuple(value.shape)}, {int((~value.isfinite()).sum())} of them not finite.")
-    return value
-
-
-# ---- shared: command line and files ----------------------------------------------------------------------------------
-
-
-def join_processes():
-    """Under `accelerate launch`, become one of its processes, with the GPU of its number; the first writes and speaks.
-
-    Every process runs the whole script from the same seeds: all of them draw all the noise and have every particle,
-    path, reward and multiplier, so that no method need know of the others. What takes the time, a network on a batch,
-    is shared out (`over_processes`), and the gradients of the weights are summed (`train_adapter`).
-    """
-    count, gpus = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.device_count()
-    if count > 1 and not dist.is_initialized():
-        if 0 < gpus <= int(os.environ["LOCAL_RANK"]):
-            fail(f"{count} processes need as many GPUs, and here are {gpus}: start fewer, or hide the GPUs.")
-        if gpus:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-    if processes()[1]:
-        silent = dict.fromkeys(("progress", "write_atomically", "write_numbers", "print_table"), lambda *_: None)
-        globals().update(silent, fail=lambda _: sys.exit(2))
-
-
-def common_parser(doc):
-    """The flags that every script has, in the same order; a bad flag ends in one sentence and exit code 2."""
+    parser = common_flags(__doc__, size=(30, 16, 32), quick=(3, 4, 4), paper=(500, 64, 64))
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--kl-weight", type=float, default=0.05, help="of the KL in draft_kl")
+    add("--rank", type=int, default=8, help="of the adapter")
+    add("--lr", type=float, default=1e-3)
+    add("--resume", action="store_true", help="go on with an interrupted run")
+    return checked(parser, parser.parse_args(argv))
+
+def common_flags(doc, size, quick, paper):
+    """The flags of every script of this folder -> parser. What the tuples of sizes count is each script's own."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{parser.prog}: {message}")
-    parser.add_argument("--seed", type=int, default=0)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="coarse, in seconds")
-    size.add_argument("--paper", action="store_true", help="the paper's sizes")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of results and caches")
-    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
+    add = parser.add_argument
+    add("--quick", dest="size", action="store_const", const=quick, default=size, help="coarse, seconds")
+    add("--paper", dest="size", action="store_const", const=paper, help="the paper's sizes; needs a GPU")
+    add("--seed", type=int, default=0, help="prompt k has the seed SEED + 100 k, process j adds j million")
+    add("--out", type=pathlib.Path, default=f"out/sd_{pathlib.Path(__file__).stem}", help="folder of results")
+    add("--device", choices=["cpu", "cuda"][: 1 + torch.cuda.is_available()], default="cpu")
+    add("--model", default=str(MINI), help="Stable Diffusion v1 or v2: folder, .safetensors file or hub id")
+    add("--prompts", nargs="+", default=PROMPTS, help="or one .txt file with a prompt a line")
+    add("--reward", nargs="+", default=["clip"], metavar="NAME[=WEIGHT]", help="jpeg saturation contrast clip aesthetic"
+        " or my.py:function of images (n, 3, H, W) in [0, 1] and prompts -> (n,)")
+    add("--clip", default=str(MINI / "clip_reward"), help="CLIP model of the reward, also yuvalkirstain/PickScore_v1")
+    add("--aesthetic-head", default="sac+logos+ava1-l14-linearMSE.pth", help="LAION's file")
+    add("--steps", type=int, default=10, help="of the sampler")
+    add("--guidance", type=float, default=4.0, help="classifier-free; 1 is none")
+    add("--chunk", type=int, help="images in one call, this sets the memory: 64 of the miniature, else 1")
     return parser
 
-
-def device(text):
-    """An argparse type: a device of PyTorch that this machine has."""
+def checked(parser, args):
+    """The flags, with prompts read from a file; what cannot work is said in one sentence before any work."""
+    mini = pathlib.Path(args.model).resolve() == MINI
+    args.chunk = args.chunk or (64 if mini else 1)
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not 0 < value + (name == "seed") < 1e9:
+            parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
     try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine") from error
-    return text
+        if args.prompts[0].endswith(".txt"):
+            lines = pathlib.Path(args.prompts[0]).read_text(encoding="utf-8-sig").splitlines()
+            args.prompts = [line.strip() for line in lines if line.strip()]
+        args.weights = {name: float(weight or 1) for name, _, weight in (word.partition("=") for word in args.reward)}
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / ".writable").touch()  # or it is said now, not after all the work
+    except (OSError, ValueError) as error:
+        parser.error(f"--prompts, --reward or --out: {error}")
+    if not 0 < len({*args.prompts}) == len(args.prompts) or len(args.weights) < len(args.reward):
+        parser.error("--prompts and --reward: there are none, or one stands there twice")
+    if not mini and MINI in pathlib.Path(args.clip).resolve().parents and {"clip", "aesthetic"} & {*args.weights}:
+        parser.error("--clip: the miniature's CLIP model knows emoji alone; name that of the reward")
+    return args
 
+# ---- the problem: rewards of images ----------------------------------------------------------------------------------
+def make_rewards(args, device):
+    """Every --reward: a function of images (n, 3, H, W) in [0, 1] and the numbers of their prompts (n,) -> (n,)."""
+    def jpeg(images, number):  # compressibility: minus the kilobytes at quality 95, as in DDPO; no gradient
+        size = lambda image: image.save(file := io.BytesIO(), "JPEG", quality=95) or file.tell()
+        return torch.tensor([-size(image) / 1000 for image in to_pil(images)], device=device)
+    def saturation(images, number):
+        return ((images.amax(1) - images.amin(1)) / (images.amax(1) + 1e-8)).mean((1, 2))
+    def contrast(images, number):  # mean distance of the luminance from its Gaussian blur
+        gray = torch.einsum("nchw,c->nhw", images, images.new_tensor([0.2126, 0.7152, 0.0722]))[:, None]
+        line = (-torch.arange(-2.0, 3.0, device=device) ** 2 / 2).softmax(0)
+        blur = torch.outer(line, line)[None, None]
+        return (gray - F.conv2d(F.pad(gray, [2] * 4, mode="reflect"), blur)).abs().mean((1, 2, 3))
+    def clip(images, number):  # cosine of image and prompt; PickScore is a CLIP model too
+        return (embed(images) * texts[number]).sum(1)
+    def aesthetic(images, number):  # LAION's head: linear layers, nothing but dropout between them
+        for i in (0, 2, 4, 6, 7):
+            images = F.linear(images if i else embed(images), head[f"layers.{i}.weight"], head[f"layers.{i}.bias"])
+        return images[:, 0]
+    known = dict(jpeg=jpeg, saturation=saturation, contrast=contrast, clip=clip, aesthetic=aesthetic)
+    if {"clip", "aesthetic"} & {*args.weights}:
+        embed, texts = load_clip(args.clip, args.prompts, device)
+    if "aesthetic" in args.weights:
+        head = loaded(args.aesthetic_head, torch.load, args.aesthetic_head, map_location=device, weights_only=True)
+    for path, _, name in (word.rpartition(":") for word in args.weights if ":" in word):  # your own
+        own = loaded(f"{path}:{name}", lambda: runpy.run_path(path)[name])
+        known[f"{path}:{name}"] = lambda images, number, own=own: own(images, [args.prompts[k] for k in number])
+    for name in args.weights:
+        if name not in known:
+            raise Refused(f"--reward {name}: there are {', '.join(known)} and my.py:function")
+    return [known[name] for name in args.weights]
 
-def results_folder(args, script):
-    """The folder of a script's results, `out`/<folder>_<script>; made now, so that a bad path costs no work."""
-    path = args.out / script
+def load_clip(folder, prompts, device):
+    """CLIP model of a folder or hub id -> embed: images (n, 3, H, W) -> unit vectors (n, d); texts: of the prompts."""
+    net = loaded(folder, CLIPModel.from_pretrained, folder).to(device).eval().requires_grad_(False)
+    words = loaded(folder, CLIPTokenizer.from_pretrained, folder)(
+        prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+    mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=device)[..., None, None]
+    size = [net.config.vision_config.image_size] * 2
+    def embed(images):  # CLIPImageProcessor has no gradient
+        images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        return net(input_ids=words[:1], pixel_values=(images - mean) / std).image_embeds
+    return embed, net(input_ids=words, pixel_values=torch.zeros(1, 3, *size, device=device)).text_embeds
+
+def make_gain(args, accelerator, model, x):
+    """gain(latents (n, C, h, w), number () or (n,)) -> (n,): the weighted sum of their images' rewards, each above its
+    mean over the base model's images of the prompt, in their standard deviations; x (K, n, C, h, w): such images."""
+    rewards, weights = make_rewards(args, accelerator.device), torch.tensor([*args.weights.values()])
+    def values(x, number):
+        parts = zip(x.split(args.chunk), torch.as_tensor(number).expand(len(x)).split(args.chunk))
+        decoded = ((model.decode(part), number) for part, number in parts)
+        return torch.cat([torch.stack([reward(*part) for reward in rewards], 1) for part in decoded])
+    with torch.no_grad():
+        base = [accelerator.gather(values(v, k)) for k, v in enumerate(x)]
+    level, spread = (torch.stack([f(v, 0) for v in base]) for f in (torch.mean, torch.std))
+    if not (spread > 0).all():
+        raise Refused("--reward: the base model's images of a prompt all have the same one, or one is not finite")
+    return lambda x, number: ((values(x, number) - level[number]) / spread[number] * weights).sum(1)
+
+# ---- the method ------------------------------------------------------------------------------------------------------
+def kernel(x, eps, a, b):
+    """Mean and standard deviation of p(x_{t-1} | x_t = x), signal powers a and b: DDIM with eta = 1, which is DDPM."""
+    sigma = ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+    return b**0.5 * forecast(x, eps, a) + max(1 - b - sigma**2, 0) ** 0.5 * eps, sigma
+
+def forecast(x, eps, abar):
+    """x0_hat, Tweedie's mean of x_0 given x_t = x."""
+    return (x - (1 - abar) ** 0.5 * eps) / abar**0.5
+
+def draft_update(args, model, gain, step, batch, back, kl):
+    """A step down the gradient of kl_weight KL - E[gain], through the last `back` steps of `batch` paths -> E[gain]."""
+    number, noise = torch.arange(batch) % len(args.prompts), torch.randn(args.steps + 1, batch, *model.shape)
+    total = 0.0
+    for z, number in zip(noise.split(args.chunk, 1), number.split(args.chunk)):
+        x, path_kl = z[0], 0.0
+        for i in range(args.steps):
+            with torch.set_grad_enabled(kl or i >= args.steps - back):
+                x = x if i > args.steps - back else x.detach()
+                eps = checkpoint(model.eps, x, i, number, use_reentrant=False)  # keeps x alone
+                path_kl = path_kl + step_kl(model, x, i, number, eps) if kl else 0.0
+                mean, sigma = kernel(x, eps, model.abar[i], model.abar[i + 1])
+                x = mean + sigma * z[i + 1]
+        r = gain(x, number)
+        if not r.requires_grad:
+            raise Refused("--reward: no gradient, which DRaFT needs; sd/ddpo.py and sd/das.py do without")
+        ((args.kl_weight * path_kl - r).sum() / batch).backward()
+        total += r.sum().item() / batch
+    step()
+    return total
+
+def step_kl(model, x, i, number, eps):
+    """KL of the step at x (n, ...) with noise eps from the base model's -> (n,), nats: equal variances, means apart."""
+    model.unet.disable_adapters()
+    apart = eps - model.eps(x, i, number)
+    model.unet.enable_adapters()
+    mean, sigma = kernel(0, 1, model.abar[i], model.abar[i + 1])
+    return (mean / sigma) ** 2 * apart.flatten(1).square().sum(1) / 2
+
+def train(args, accelerator, model, name, rounds, update):
+    """A fresh adapter, and `rounds` times update(step), which back-propagates and calls step() -> what these return.
+    The adapter is left on, and saved in args.out/name for pipe.load_lora_weights."""
+    unet, file = model.unet, args.out / f"{name}_{accelerator.process_index}.pt"
+    unet.delete_adapters([*getattr(unet, "peft_config", {})])
+    torch.manual_seed(args.seed)
+    unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian",
+                                target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    weights = [p for p in unet.parameters() if p.requires_grad]
+    optimizer, trace = torch.optim.Adam(weights, args.lr, betas=(0.9, 0.99)), []
+    flags = str(vars(args) | dict(resume=False))
+    if args.resume and file.exists():
+        saved = torch.load(file, map_location=accelerator.device, weights_only=True)
+        if saved["flags"] != flags:
+            raise Refused(f"--resume: {file} is of a run with other flags")
+        trace = saved["trace"]
+        set_peft_model_state_dict(unet, saved["adapter"])
+        optimizer.load_state_dict(saved["optimizer"])
+    def step():
+        for p in weights:
+            p.grad = accelerator.reduce(p.grad, "mean")
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for i in trange(len(trace), rounds, desc=name, disable=not accelerator.is_main_process):
+        torch.manual_seed(args.seed + 1000 * (i + 1) + 10**6 * accelerator.process_index)  # the same after --resume
+        trace.append(update(step))
+        torch.save(dict(flags=flags, trace=trace, adapter=get_peft_model_state_dict(unet),
+                        optimizer=optimizer.state_dict()), file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
+    if accelerator.is_main_process:
+        StableDiffusionPipeline.save_lora_weights(args.out / name, get_peft_model_state_dict(unet))
+    return trace
+
+@torch.no_grad()
+def as_groups(accelerator, gain, x, kl):
+    """Latents x (K, n, C, h, w), KL (K, n) of this process -> x, gain, kl, log_w of all: n groups of one particle."""
+    out = dict(x=x, kl=kl, gain=torch.stack([gain(v, k) for k, v in enumerate(x)]), log_w=0 * kl)
+    return {key: torch.stack([accelerator.gather(v) for v in value])[:, :, None] for key, value in out.items()}
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+class Refused(ValueError):
+    """What a user can mend, said in one sentence."""
+
+def loaded(source, load, *args, **options):
+    """load(...), where the library's own first line about a file, a folder or a hub id becomes the sentence."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{path} cannot be made: {error.strerror}")
-    return path
+        return load(*args, **options)
+    except Exception as error:  # every library raises its own
+        raise Refused(f"{source}: {type(error).__name__}: {error}".splitlines()[0]) from error
 
+class Diffusion:
+    """Stable Diffusion v1 or v2, frozen, with its prompts, which `number` counts, and its sampling steps.
+    shape (C, h, w) of latents; times (T,) and abar (T + 1,) from noise to data."""
+    def __init__(self, args, device):
+        names = [path.name for path in pathlib.Path(args.model).glob("unet/*model*.[sb]*")]
+        half = dict(variant="fp16") if names and all(".fp16" in name for name in names) else {}
+        single = args.model.endswith(".safetensors")
+        load = StableDiffusionPipeline.from_single_file if single else StableDiffusionPipeline.from_pretrained
+        pipe = loaded(args.model, load, args.model, safety_checker=None, feature_extractor=None, **half)
+        self.pipe, self.unet, config, schedule = pipe, pipe.unet, pipe.unet.config, pipe.scheduler.config
+        self.guidance, self.velocity = args.guidance, schedule.prediction_type == "v_prediction"
+        abar = getattr(pipe.scheduler, "alphas_cumprod", torch.zeros(1)).double().cpu()
+        for fits, what in (
+                (config.in_channels == pipe.vae.config.latent_channels, "a UNet of latents alone"),
+                (not (config.time_cond_proj_dim or config.addition_embed_type), "a UNet of time and text alone"),
+                (isinstance(config.sample_size, int), "square images"),
+                (self.velocity or schedule.prediction_type == "epsilon", "a prediction of noise or velocity"),
+                (0 < abar.min() and abar.max() < 1, "signal powers between 0 and 1"),
+                (args.steps < len(abar), f"{args.steps + 1} levels, take fewer --steps")):
+            if not fits:
+                raise Refused(f"--model {args.model}: this needs Stable Diffusion v1 or v2, with {what}")
+        loaded(args.model, pipe.to, device)
+        if getattr(args, "dtype", "float32") != "float32":  # which a likelihood or a KL needs
+            pipe.to(getattr(torch, args.dtype))
+        [part.requires_grad_(False) for part in (pipe.unet, pipe.vae, pipe.text_encoder)]
+        # levels even in log SNR: a step that multiplies it by more than the others dominates the KL of a path
+        snr, order = (abar / (1 - abar)).log(), torch.arange(args.steps + 1).flip(0)
+        wanted = torch.linspace(snr[-1].item(), snr[0].item(), args.steps + 1, dtype=torch.float64)
+        times = (snr[:, None] - wanted).abs().argmin(0).maximum(order)
+        self.times, self.abar = times[:-1].to(device), abar[times].tolist()
+        self.shape = (config.in_channels, config.sample_size, config.sample_size)
+        with torch.no_grad():
+            self.cond, self.uncond = pipe.encode_prompt(args.prompts, device, 1, True)
 
-def positive(kind):
-    """An argparse type: a number of this kind (int or float) above zero."""
+    def eps(self, x, i, number):
+        """The noise in latents x (n, C, h, w) at step i, () or (n,), for prompts number, () or (n,); float32."""
+        number, t = (torch.as_tensor(v, device=x.device).expand(len(x)) for v in (number, self.times[i]))
+        texts = torch.cat([self.cond[number], self.uncond[number]])
+        both = self.unet(x.repeat(2, 1, 1, 1).to(texts.dtype), t.repeat(2), texts).sample.to(x.dtype)
+        out = both[len(x) :] + self.guidance * (both[: len(x)] - both[len(x) :])  # classifier-free
+        if self.velocity:
+            abar = torch.tensor(self.abar, device=x.device)[i].view(-1, 1, 1, 1)
+            out = abar.sqrt() * out + (1 - abar).sqrt() * x
+        return out
 
-    def parse(text):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be above zero, got {text}")
-        return value
+    def decode(self, x):
+        """Latents (n, C, h, w) -> images (n, 3, H, W) in [0, 1], float32, with a gradient."""
+        x = (x / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)
+        return (self.pipe.vae.decode(x).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
+@torch.no_grad()
+def sample_prompts(args, accelerator, model, n, step_kl=None):
+    """n images of every prompt in this process, of noise that is the same at every call -> latents (K, n, C, h, w), and
+    the KL of their paths from the base model's (K, n), nats, where step_kl is given."""
+    done = []
+    for k in trange(len(args.prompts), desc="samples", disable=not accelerator.is_main_process):
+        torch.manual_seed(args.seed + 100 * k + 10**6 * accelerator.process_index)
+        for z in torch.randn(args.steps + 1, n, *model.shape).split(args.chunk, 1):
+            x, kl = z[0], torch.zeros(len(z[0]))
+            for i, (a, b) in enumerate(zip(model.abar, model.abar[1:])):
+                eps = model.eps(x, i, k)
+                kl += step_kl(model, x, i, k, eps) if step_kl else 0
+                mean, sigma = kernel(x, eps, a, b)
+                x = mean + sigma * z[i + 1]
+            done.append((x, kl))
+    return [torch.cat(v).unflatten(0, (len(args.prompts), n)) for v in zip(*done)]
 
+# ---- files, figure, main ---------------------------------------------------------------------------------------------
+@torch.no_grad()
+def save_samples(args, model, found):
+    """found {method: x (K, G, P, C, h, w), gain and log_w (K, G, P)} -> latents.pt; images/ with one PNG a group, drawn
+    by weight, in the table images.csv; returned: {method: images (K, G, 3, H, W)}."""
+    torch.save({name: {k: v.cpu() for k, v in f.items()} for name, f in found.items()}, args.out / "latents.pt")
+    (args.out / "images").mkdir(exist_ok=True)
+    sheets, lines = {}, [("file", "prompt", "method", "seed", "gain", "weight")]
+    for method, f in found.items():
+        w, sheets[method] = f["log_w"].softmax(2), []
+        for k, prompt in enumerate(args.prompts):
+            pick = (torch.arange(w.shape[1]), w[k].multinomial(1)[:, 0])
+            sheets[method].append(torch.cat([model.decode(x) for x in f["x"][k][pick].split(args.chunk)]).cpu())
+            for g, image in enumerate(to_pil(sheets[method][k])):
+                values = (args.seed + 100 * k, f["gain"][k][pick][g].item(), w[k][pick][g].item())
+                lines.append((f"images/{k}_{method}_{g}.png", prompt, method, *values))
+                image.save(args.out / lines[-1][0])
+    with open(args.out / "images.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+    return {method: torch.stack(images) for method, images in sheets.items()}
 
-def fail(message):
-    """End with one sentence on stderr and exit code 2."""
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
+def to_pil(images):
+    """Images (n, 3, H, W) in [0, 1] -> list of n PIL images."""
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.detach()))
 
+def draw_images(ax, images, label):
+    """A line of images (K, G, 3, H, W): four of each of the first four prompts."""
+    parts = [F.pad(torch.cat([*F.pad(v, [1] * 4, value=1.0)], 2), [0, 4, 0, 0], value=1.0) for v in images[:4, :4]]
+    ax.imshow(torch.cat(parts, 2).permute(1, 2, 0))
+    ax.set(xticks=[], yticks=[], frame_on=False)
+    ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
 
-def progress(label, done, total):
-    """A line on stderr that counts up."""
-    if done == total or done % max(1, total // 20) == 0:
-        print(f"\r{label} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+def report(args, rows, started, draw):
+    """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
+    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
+    rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
+    widths = [max(len(r[i]) for r in rows) for i in range(3)]
+    for r in [names, *rows]:
+        cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
+        print(*(word.ljust(width) for word, width in zip(r, widths)), *(f"{cell:>9}" for cell in cells))
+    record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
+    text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
+    part.write_text(text.replace(f"{MINI.parents[1]}/", ""))  # paths from the top folder
+    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
+    draw().savefig(part, dpi=100, format="png")
+    part.replace(args.out / "figure.png")
 
-
-def write_atomically(path, write):
-    """Call write(path of a temporary file), then rename: an interrupted run leaves no half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"part-{path.name}")  # the suffix stays, matplotlib reads the format from it
-    write(part)
-    os.replace(part, path)
-
-
-def save_figure(figure, path, dpi=100):
-    """Write a figure as a PNG with a palette of 128 colours, which is a third of the size, and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi)
-    plt.close(figure)
-    picture = Image.open(buffer).convert("RGB").quantize(128)
-    write_atomically(path, lambda part: picture.save(part, optimize=True))
-
-
-def row(name, estimate, se=None, exact=None, reference=None):
-    """A line of numbers.json. z is against `reference` (value, standard error) where there is one, else `exact`."""
-    value, value_se = reference or (exact, 0.0)
-    z = (estimate - value) / math.hypot(se, value_se) if se and value is not None else None
-    return dict(name=name, estimate=estimate, se=se, exact=exact, reference=reference and reference[0], z=z)
-
-
-def write_numbers(path, args, rows, evaluations, seconds):
-    """numbers.json: the arguments, the rows and what the run cost."""
-    args = {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in vars(args).items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "matplotlib")}
-    record = dict(args=args, rows=rows, network_evaluations=evaluations, seconds=round(seconds, 1),
-                  peak_memory_mb=round(peak), versions=dict(python=sys.version.split()[0], **versions))
-    write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
-    print(f"results: {path.parent}", file=sys.stderr)
-
-
-def print_table(rows, problem, keys):
-    """The rows named method.problem.key: a line a method, a column a key; estimate±se, and z in brackets."""
-    table = {r["name"]: r for r in rows}
-    methods = list(dict.fromkeys(name.split(".")[0] for name in table if name.split(".")[1] == problem))
-
-    def cell(r):
-        if r is None:
-            return ""
-        text = f"{r['estimate']:,}" if isinstance(r["estimate"], int) else f"{r['estimate']:.3f}"
-        return text + (f"±{r['se']:.3f}" if r["se"] else "") + (f" ({r['z']:+.1f})" if r["z"] is not None else "")
-
-    lines = [[m, *(cell(table.get(f"{m}.{problem}.{key}")) for key in keys)] for m in methods]
-    lines = [[problem, *keys]] + [line for line in lines if any(line[1:])]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines if len(lines) > 1 else []:
-        print(line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:])), sep="  ")
-    print()
-
-
-# ---- main ------------------------------------------------------------------------------------------------------------
-
+def draw(args, found, sheets, traces):
+    """Lines of images, one a method; gain by update; the gain of each method against its KL."""
+    figure = Figure(figsize=(9, 0.6 * len(sheets) + 2.6), layout="constrained")
+    axes = figure.subplot_mosaic([[m] * 2 for m in sheets] + [["gain", "kl"]], height_ratios=[0.6] * len(sheets) + [2])
+    for method, images in sheets.items():
+        draw_images(axes[method], images, method)
+    for method, trace in traces.items():
+        axes["gain"].plot(trace, label=method)
+        axes["kl"].plot(found[method]["kl"].mean().cpu(), found[method]["gain"].mean().cpu(), "o", label=method)
+    axes["gain"].set_title("gain by update, in standard deviations", fontsize=9)
+    axes["kl"].set_title("gain against the KL of the paths, nats", fontsize=9)
+    axes["kl"].set_xscale("symlog")
+    axes["gain"].legend(fontsize=8)
+    return figure
 
 def main(args):
-    """Train every method, measure all on the same noise, write figure and numbers.json -> {row name: estimate}."""
-    start, out = time.perf_counter(), results_folder(args, "sd_draft")
-    world = load_world(args)
-    results, traces, cost = {"base": measure_base(world, args)}, {}, []
-    drawn, twice = args.images * len(args.prompts) * args.steps, 2 if args.guidance != 1 else 1
-    for method in args.methods:
-        kl_weight = args.kl_weight if method.endswith("_kl") else 0.0
-        back = {"draft_1": 1, "truncated": args.back}.get(method.removesuffix("_kl"), args.steps)
-        begun = time.process_time()
-        traces[method] = train_adapter(method, world, draft_update(world, args, kl_weight, back), args, out)
-        calls = args.updates * args.batch * args.steps * (2 if kl_weight else 1) * twice
-        cost += [row(f"{method}.all.calls", calls), row(f"{method}.all.seconds", time.process_time() - begun)]
-        save_adapter(world.unet, out / method)
-        results[method] = draw_images(world, args, True)
-    rows = adapter_rows(world, args, results) + cost
-    draw_adapters(out / "figure.png", args, world, rows, results, traces)
-    calls = sum(r["estimate"] for r in cost[::2]) + drawn * twice * (1 + 2 * len(args.methods))
-    write_numbers(out / "numbers.json", args, rows, calls, time.perf_counter() - start)
-    print_table(rows, "all", ["gain", "clip_eval", "clip_eval_change", "diversity", "kl", "objective"])
-    return {r["name"]: r["estimate"] for r in rows}
-
+    started, accelerator, (updates, batch, images) = time.time(), Accelerator(cpu=args.device == "cpu"), args.size
+    model, traces, rows = Diffusion(args, accelerator.device), {}, []
+    accelerator.print("COARSE: numbers mean nothing" if updates < 9 else "gain: reward in standard deviations of the "
+                      "base model's, above its images of the same noise; se: over images; kl: of paths, nats")
+    torch.set_default_device(accelerator.device)
+    base = sample_prompts(args, accelerator, model, images)
+    gain = make_gain(args, accelerator, model, base[0])
+    found = dict(base=as_groups(accelerator, gain, *base))
+    for name in args.methods:
+        options = dict(back=args.steps, kl=False) | METHODS[name]
+        traces[name] = train(args, accelerator, model, name, updates,
+                             lambda step: draft_update(args, model, gain, step, batch, **options))
+        found[name] = as_groups(accelerator, gain, *sample_prompts(args, accelerator, model, images, step_kl))
+        change = found[name]["gain"] - found["base"]["gain"]
+        rows += [("all", name, "gain", change.mean(), (change.var(1).mean() / change.numel()).sqrt(), None),
+                 ("all", name, "kl", found[name]["kl"].mean(), None, None)]
+    if accelerator.is_main_process:
+        sheets = save_samples(args, model, found)
+        report(args, rows, started, lambda: draw(args, found, sheets, traces))
 
 if __name__ == "__main__":
-    join_processes()
-    main(parse_args())
+    try:
+        main(args := parse_args())
+    except (Refused, torch.OutOfMemoryError) as error:  # what a user can mend, in one sentence
+        print(error if type(error) is Refused else "out of memory: take a smaller --chunk", file=sys.stderr)
+        sys.exit(2)

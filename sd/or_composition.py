@@ -1,1052 +1,399 @@
-"""Compose Stable Diffusion models by OR: one adapter that draws what several adapters, or several prompts, draw.
-
+"""One Stable Diffusion adapter for several prompts (OR): it covers all of them, weighted for the one covered worst.
 Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusion Models using Constrained Learning",
-NeurIPS 2025, arXiv 2508.19104: its mixture composition (Appendix E, Fig. 2), which it shows in 2D alone. Problem
-`prompts` (prompts.png): with an empty prompt, draw any of several concepts. Problem `adapters` (figure.png): with one
-adapter, draw what each of several adapters draws.
-
-Run    python sd/or_composition.py                       miniature model, both problems      about 3.5 CPU minutes
-       python sd/or_composition.py --methods equal kl elbo           with the losses by denoising too
-       python sd/or_composition.py --quick               the same, coarse: shows nothing      less than 70 CPU seconds
-       python sd/or_composition.py --resume              continue after an interruption
-       python sd/or_composition.py --problem prompts --concepts dog rose "red heart"     other concepts
-       On a GPU (not run here): --model stable-diffusion-v1-5/stable-diffusion-v1-5 --paper --dtype bfloat16 --chunk 4
-       --clip-eval laion/CLIP-ViT-H-14-laion2B-s32B-b79K --device cuda, and --lora with the folders of sd/draft.py
-
-The adapters are in out/sd_or_composition/<problem>_<method>; diffusers loads them: pipe.load_lora_weights(...).
-
-Notation (here -> paper)
-       q_i, p       -> q^i, p        the models, as samplers, and the one that is trained
-       weights      -> lambda        multipliers on the simplex, the shares of the mixture
-       kl           -> (UF-C)        min over p of max_i KL(q_i || p), of whole sampling paths, nats (Lemma 1): paths of
-                                     q_i are drawn, and p's noise prediction is compared with that of q_i
-       elbo         -> eq. 70        min over p of max_i of the cross entropy -E log p of samples of q_i, by denoising
-       share                         of the images that the CLIP model that only evaluates takes for those of a model
-
-Algorithm
-       1. draw paths of every model and keep what it predicts                                   `draw_paths`
-       2. train one adapter on the losses of all models, weighted by the multipliers   `kernel_loss`, `denoising_loss`
-       3. raise the multipliers of the models that are covered worst           `dual_update`, `project_to_simplex`
-       4. repeat; what is returned are averages over the last quarter, of adapter and multipliers     `train_adapter`
-       `equal` has the loss of `kl` and equal weights; `elbo` is left out by default. For models that share no image,
-       log m nats are enough, the KL from their mixture.
-
-What you should see (mean ± standard deviation over 3 seeds). Adapters: with equal weights the one adapter is 1.1±0.2,
-1.2±0.1 and 2.8±0.1 nats from `saturation`, `contrast` and `clip`, with the constrained ones, 0.23, 0.28 and 0.48 (each
-± 0.04), 1.7±0.3, 1.7±0.1 and 2.0±0.1: the two that pull the same way share half of the weight. That is near the centre
-of the smallest ball around the adapters, and not log 3 = 1.1, the bound of a mixture: by eye and by CLIP the adapters can
-hardly be told apart. Prompts: cat, butterfly and fish can, and their KLs fall from 562±4, 842±31 and 669±5 nats to
-224±7, 296±25 and 252±5, by constrained weights to 272±18, 275±30 and 251±12: even on average, but hundreds of nats above
-log 3, and the worst of a run hardly changes (-5 to +2%). The training is brief: three times the steps, three times as
-large, leave 162, 189 and 172 (seed 0). So far off, multipliers do not rule the shares: 73±7% of the images are taken for
-butterflies, at a weight of 0.49±0.04.
-To try: --problem prompts --updates 72 --lr 6e-3: nearer, but are the shares more even?
+NeurIPS 2025, arXiv 2508.19104, appendix E, which has it in 2D alone (toy/or_composition.py): images are ours.
+Run    python sd/or_composition.py              miniature model, three prompts; 2 CPU minutes, --quick: 20 s
+       python sd/or_composition.py --device cuda --paper --model stable-diffusion-v1-5/stable-diffusion-v1-5 --chunk 2
+The adapters, for the empty prompt without guidance, are in out/sd_or_composition/<method>.
+Read first: cover, reference, dual_step. Skip: Diffusion, train, checked, save_samples, draw, report.
+Notation (here -> paper); kl, of whole sampling paths, nats (Lemma 1), is min over p of max_i KL(q_i || p) -> (UF-C)
+    q_i, dual -> q^i, lambda  the model with prompt i and guidance, as a sampler; multipliers, shares of the mixture
+Algorithm 1. draw_paths: paths of every q_i, and the noise that it predicts there
+          2. cover: descend on the KLs, each times its multiplier; p is the UNet with an adapter and the empty prompt
+          3. dual_step: raise the multipliers of the prompts covered worse, on the simplex; repeat
+What can be reached: `mixture` picks a prompt by weight and keeps it, log 3 nats. A UNet has one Gaussian step a level:
+`posterior_mean` predicts the mean of the models' noise, weighted by the density of the path so far under each. It is
+the best even of those that remember their path: its KL, averaged by the weights, bounds that of any adapter.
+What you should see (seed 0): base 566, 808, 668 nats; equal_weights 131, 129, 154; constrained 134, 121, 157, no
+better, as its weights follow what is not trained yet; posterior_mean 14, 3, 12, nearly all of it the first of 10 steps.
+A first step to the mean lands nearest one prompt: 23 of 24 images are butterflies, of posterior_mean's samples too.
+The rest is training, not rank: 50 CPU seconds of it (another lr) left 215, 274, 217 with attention alone at rank 4,
+193, 245, 191 at 32; with LAYERS 123, 132, 113 at rank 16, 126, 140, 116 at 64; with every weight free 118, 120, 102.
 """
-import argparse
-import importlib.metadata
-import io
-import json
-import math
-import os
-import pathlib
-import pickle
-import re
-import resource
-import sys
-import time
-import types
-import warnings
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import argparse, copy, csv, json, math, os, pathlib, sys, time, types, peft
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image
-from torch.utils.checkpoint import checkpoint
+if __name__ == "__main__": os.environ |= dict(MPLBACKEND="agg", TRANSFORMERS_VERBOSITY="error")
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from matplotlib.figure import Figure
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from scipy.optimize import minimize
+from torch.nn import functional as F
+from tqdm import trange
 
-PRESETS = {  # what the size flags default to
-    "quick": dict(updates=4, batch=4, steps=4, images=16, primal_steps=2, data=4, levels=5),
-    "default": dict(updates=24, batch=8, steps=10, images=32, primal_steps=4, data=32, levels=20),
-    "paper": dict(updates=200, batch=32, steps=25, images=64, primal_steps=10, data=256, levels=25),
-}
-PROMPTS = ["a photo of a cat", "a photo of a butterfly"]
-ADAPTERS = ["sd/adapters/saturation", "sd/adapters/contrast", "sd/adapters/clip"]
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
+MINI = pathlib.Path(__file__).resolve().parent / "mini"
+PROMPTS = ["a photo of a cat", "a photo of a horse", "a photo of a fish"]  # your own
+METHODS = ["equal_weights", "constrained"]  # the second moves its weights
+LAYERS = "ff.net.0.proj ff.net.2 proj_in proj_out conv1 conv2 conv conv_shortcut time_emb_proj".split()
 
 def parse_args(argv=None):
-    parser = common_parser(__doc__)
-    world_flags(parser)
-    training_flags(parser, 2e-3)
-    parser.add_argument("--problem", nargs="+", choices=["adapters", "prompts"], default=["adapters", "prompts"])
-    parser.add_argument("--methods", nargs="+", choices=["equal", "kl", "elbo"], default=["equal", "kl"])
-    parser.add_argument("--concepts", nargs="+", default=["cat", "butterfly", "fish"], help="two or more")
-    parser.add_argument("--common", default="", help="the prompt that is to draw all of them")
-    parser.add_argument("--dual-lr", type=positive(float), default=0.1, help="step of the multipliers")
-    parser.add_argument("--primal-steps", type=positive(int), help="training steps between them")
-    parser.add_argument("--data", type=positive(int), help="paths of each model and prompt to train on")
-    parser.add_argument("--levels", type=positive(int), help="noise levels of the cross entropy, at least 2")
-    args = parser.parse_args(argv)
-    check_training_flags(parser, args)
-    if args.levels < 2 or args.images % 4:
-        parser.error("--levels must be at least 2, and --images a multiple of 4")
-    if len(set(map(slug, args.concepts))) < max(2, len(args.concepts)):
-        parser.error("--concepts needs two or more different ones")
-    check_adapters(parser, args)
+    parser = common_flags(__doc__, size=(20, 8, 96, 24), quick=(1, 2, 4, 4), paper=(1000, 16, 1000, 64))
+    parser.set_defaults(reward=["jpeg"])  # none is used
+    add = parser.add_argument  # size: rounds, batch, paths of each prompt to train on and to measure with
+    add("--methods", nargs="+", choices=METHODS, default=METHODS)
+    add("--rank", type=int, default=16, help="of the adapter")
+    add("--lr", type=float, default=4e-3)
+    add("--every", type=int, default=10, help="updates in a round, after which the multipliers move")
+    add("--resume", action="store_true", help="go on with an interrupted run")
+    args = checked(parser, parser.parse_args(argv))
+    if len(args.prompts) < 2:
+        parser.error("--prompts: a mixture is of two or more")
     return args
 
-
-# ---- the models ------------------------------------------------------------------------------------------------------
-
-
-def world_flags(parser):
-    """Add the flags that say which models are composed: those of the other scripts that have to do without a reward."""
-    parser.add_argument("--model", default="sd/mini", help="folder in the layout of diffusers, or hub id")
-    parser.add_argument("--lora", nargs="+", default=ADAPTERS, help="folders or hub ids of the adapters")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--prompts", type=prompt_list, nargs="+", action=Joined, default=PROMPTS,
-                        help="prompts of the problem adapters, or a .txt file with one a line")
-    parser.add_argument("--clip-eval", default="sd/mini/clip_eval", help="CLIP model that only evaluates")
-    parser.add_argument("--steps", type=positive(int), help="sampling steps, some 30 at most")
-    parser.add_argument("--guidance", type=positive(float), default=4.0, help="classifier-free guidance, 1 is none")
-    parser.add_argument("--chunk", type=positive(int), default=64,
-                        help="images in one call, of all processes together: this sets the memory")
-
-
-def load_models(args):
-    """The models of world_flags, as load_world of the other scripts has them, without rewards; the adapters' names."""
-    dtype = getattr(torch, args.dtype)
-    pipe = load_pipeline(args.model, args.device, dtype)
-    size = pipe.unet.config.sample_size
-    world = types.SimpleNamespace(
-        pipe=pipe, unet=pipe.unet, scheduler=pipe.scheduler, decode=image_decoder(pipe.vae, args.chunk),
-        shape=(pipe.unet.config.in_channels, size, size), cond=encode_prompts(pipe, args.prompts),
-        uncond=encode_prompts(pipe, [""]), judge=load_clip(args.clip_eval, args.device, dtype))
-    world.adapters = attach_adapters(world, args.lora) if "adapters" in args.problem else []
-    return world
-
-
-class Joined(argparse.Action):
-    """The lists that a flag's type makes of its words, joined into one."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, sum(values, []))
-
-
-def prompt_list(text):
-    """An argparse type: a prompt, or a .txt file of prompts -> list of prompts."""
-    if not text.endswith(".txt"):
-        lines = [text]
-    else:
-        try:
-            lines = pathlib.Path(text).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise argparse.ArgumentTypeError(f"{text} cannot be read ({type(error).__name__})") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise argparse.ArgumentTypeError(f"{text!r} holds no prompt")
-    return prompts
-
-
-def check_adapters(parser, args):
-    """End where two adapters have one name: that of the folder, which stands in the names of the rows."""
-    names = [slug(pathlib.Path(folder).name) for folder in args.lora]
-    if len(names) < 2 or len(set(names)) < len(names):
-        parser.error(f"--lora needs two or more folders of different names, got {' '.join(names)}")
-
-
-def attach_adapters(world, folders):
-    """Load adapters onto the UNet of a world, side by side -> their names, those of the folders."""
-    names = [slug(pathlib.Path(folder).name) for folder in folders]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft is surprised that there is more than one
-        for name, folder in zip(names, folders):
-            load_adapter(world.pipe, folder, name)
-    return names
-
-
-def load_adapter(pipe, folder, name="default"):
-    """Load frozen LoRA weights, as diffusers saves them for a pipeline, onto the UNet under a name; switch them on."""
-    try:
-        pipe.load_lora_weights(str(folder), adapter_name=name, weight_name="pytorch_lora_weights.safetensors")
-    except Exception as error:  # every library below raises its own
-        fail(f"{folder} holds no LoRA weights of this UNet in a file pytorch_lora_weights.safetensors "
-             f"({type(error).__name__}).")
-    pipe.unet.requires_grad_(False).to(pipe.unet.device, pipe.unet.dtype)
-
-
-def with_adapter(unet, name, predict_noise):
-    """predict_noise(x, t) of the UNet with this adapter alone on; it may hold others."""
-
-    def adapted_noise(x, t):
-        unet.set_adapters(name)
-        return predict_noise(x, t)
-
-    return adapted_noise
-
-
-# ---- the problems ----------------------------------------------------------------------------------------------------
-
-
-def make_mixtures(world, args):
-    """A namespace for each mixture: name, the models' names, prompts (K), and the functions
-
-    teachers(number), noise predictions of the models q_i for latents of the prompts number (n,), and policy(number),
-    that of the UNet with whatever adapter it has; texts (m, d), the concepts' prompts in the CLIP model that only
-    evaluates, None for adapters.
-    """
-    found = []
-    if "adapters" in args.problem:
-        def teachers(number):
-            policy = prompted(world, args, number, args.chunk)
-            return [with_adapter(world.unet, name, policy) for name in world.adapters]
-
-        found.append(types.SimpleNamespace(name="adapters", models=world.adapters, prompts=args.prompts, texts=None,
-                                           teachers=teachers,
-                                           policy=lambda number: prompted(world, args, number, args.chunk)))
-    if "prompts" in args.problem:
-        prompts = [f"a photo of a {concept}" for concept in args.concepts]
-        found.append(concept_mixture(world, args, prompts))
-    return found
-
-
-def concept_mixture(world, args, prompts):
-    """The problem of one prompt for several concepts; the policy has no guidance: it learns what guidance did."""
-    own, common = encode_prompts(world.pipe, prompts), encode_prompts(world.pipe, [args.common])
-    policies = [noise_predictor(world.unet, cond[None], world.uncond, args.guidance, args.chunk) for cond in own]
-    if world.adapters:
-        policies = [without_adapter(world.unet, policy) for policy in policies]
-    return types.SimpleNamespace(name="prompts", models=list(map(slug, args.concepts)), prompts=[args.common],
-                                 teachers=lambda number: policies, texts=clip_text(world.judge, prompts),
-                                 policy=lambda number: noise_predictor(world.unet, common, chunk=args.chunk))
-
-
-# ---- the method: losses ----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def draw_paths(predict, noise, timesteps, abar, eta=1.0):
-    """Paths of a model -> where it stood (T, N, ...), the noise it predicted there (T, N, ...), samples (N, ...).
-
-    noise (T + 1, N, ...), that of the start first.
-    """
-    x, points, found = noise[0], [], []
-    for i, t in enumerate(timesteps):
-        eps = predict(x, t)
-        points.append(x)
-        found.append(eps)
-        mean, sigma = ddim_kernel((x - (1 - abar[i]) ** 0.5 * eps) / abar[i] ** 0.5, eps, abar[i], abar[i + 1], eta)
-        x = mean + sigma * noise[i + 1]
-    return torch.stack(points), torch.stack(found), x
-
-
-def step_costs(abar, eta=1.0):
-    """What |eps_q - eps_p|^2 costs at each step, nats (T,): |mean_q - mean_p|^2 / (2 sigma^2), Lemma 1."""
-    kernels = [ddim_kernel(-(((1 - a) / a) ** 0.5), 1.0, a, b, eta) for a, b in zip(abar, abar[1:])]
-    return torch.tensor([factor**2 / (2 * sigma**2) for factor, sigma in kernels], dtype=torch.float64)
-
-
-def kernel_loss(predict, points, eps, step, timesteps, costs):
-    """KL(q || p) of paths, of which one step each is looked at -> unbiased estimates (n,), nats.
-
-    points, eps (T, n, ...) as of draw_paths, step (n,) uniform on 0 ... T - 1.
-    """
-    at = torch.arange(len(step), device=step.device)
-    times = torch.tensor(timesteps, device=step.device)[step]
-    error = (predict(points[step, at], times) - eps[step, at]).flatten(1).pow(2).sum(1)
-    return len(costs) * costs.to(error)[step] * error
-
-
-def denoising_loss(predict, x0, level, times, abar, rng):
-    """-log p(x0) (n,), nats, from the denoising error at one of the levels each -> unbiased but for the rule's error.
-
-    d/2 log 2 pi + 1/2 int (E |eps - eps_p|^2 - abar^2 |eps|^2) d log SNR (Guo, Shamai and Verdu 2005), as
-    cross_entropy of toy/or_composition.py: an upper bound where the prediction is not that of a diffusion. level (n,)
-    uniform on the L levels, of times (L,) and signal powers abar (L,).
-    """
-    rule, a = (torch.tensor(v, dtype=torch.float64, device=x0.device).to(x0)[level] for v in (log_snr_rule(abar), abar))
-    eps = torch.randn(x0.shape, generator=rng, device=rng.device).to(x0)
-    x = a.sqrt().view(-1, 1, 1, 1) * x0 + (1 - a).sqrt().view(-1, 1, 1, 1) * eps
-    error = (predict(x, torch.tensor(times, device=x0.device)[level]) - eps).flatten(1).pow(2).sum(1)
-    size = eps.flatten(1).pow(2).sum(1)
-    return x0[0].numel() / 2 * math.log(2 * math.pi) + len(abar) * rule * (error - a**2 * size)
-
-
-def path_schedule(scheduler, steps):
-    """Time steps (T,) and signal powers (T + 1,) of a sampling path: the result has the schedule's least noise."""
-    times, abar = snr_levels(scheduler, steps + 1)
-    return times[:-1], abar
-
-
-def snr_levels(scheduler, count):
-    """`count` levels of the model's schedule, evenly spaced in log SNR from noise to data -> time steps, abar, lists.
-
-    Where a step multiplies the SNR by the same factor everywhere, none of them dominates the KL of the paths. The
-    steps of diffusers are even in t: the last but one multiplies it by 80 in 10 steps. Where two levels would be the
-    same, near the data, they are one time step apart.
-    """
-    snr = (scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())).log()
-    wanted = torch.linspace(snr[-1].item(), snr[0].item(), count, dtype=torch.float64)
-    times = (snr[:, None] - wanted).abs().argmin(0).maximum(torch.arange(count).flip(0))
-    if count > len(snr) or times.unique().numel() < count:
-        fail(f"The model's schedule has no {count} different levels: take fewer steps.")
-    return times.tolist(), scheduler.alphas_cumprod.double()[times].tolist()
-
-
-def log_snr_rule(abar):
-    """Weights of the trapezoid rule for 1/2 int f d log(abar / (1 - abar)) at the levels abar -> list of float.
-
-    Outside of the levels, f falls as abar (noise) and as 1 - abar (data), whose integrals are f at the ends.
-    """
-    snr = [math.log(a / (1 - a)) for a in abar]
-    gaps = [abs(s - t) / 2 for s, t in zip(snr, snr[1:])]
-    return [(left + right) / 2 for left, right in zip([1.0, *gaps], [*gaps, 1.0])]
-
-
-# ---- the method: multipliers -----------------------------------------------------------------------------------------
-
-
-def project_to_simplex(v):
-    """The nearest point (Euclidean) to v (m,) with entries >= 0 that sum to one.
-
-    It is max(v - c, 0); c follows from the largest k entries of v that stay above it (Held, Wolfe, Crowder 1974).
-    """
-    # exercise 4: how large is c if the largest k entries stay above it? and which k is right?
-    top = v.sort(descending=True)[0]
-    excess = (top.cumsum(0) - 1) / torch.arange(1, len(v) + 1, device=v.device)
-    return (v - excess[(top > excess).sum() - 1]).clamp(min=0)
-    # end exercise
-
-
-def dual_update(dual, gap, memory, ki, kp=0.0, nu=0.0):
-    """One step of nuPI (Sohrabi et al. 2024) on the multipliers (m,), before projection -> dual, memory.
-
-    dual + ki gap + kp (change of the moving average nu memory + (1 - nu) gap); kp = 0 is dual ascent.
-    """
-    average = nu * memory + (1 - nu) * gap
-    return dual + ki * gap + kp * (average - memory), average
-
-
-def spread(kl):
-    """The unit of the multipliers' steps: how far the KLs (m,) are apart at the start, at least one nat."""
-    return max((kl.max() - kl.min()).item(), 1.0)
-
-
-def cover_update(world, problem, data, args, method):
-    """The function that `train_adapter` calls for one round; its state holds weights and memory (m,), unit and round.
-
-    args.primal_steps descents of sum_i weights_i loss_i, then a step of the multipliers by the round's mean losses,
-    after a first sixth of the rounds at equal weights: an untrained adapter is further from some models than from
-    others. `equal` never moves them.
-    """
-    timesteps, abar = path_schedule(world.scheduler, args.steps)
-    times, levels = snr_levels(world.scheduler, args.levels)
-    costs = step_costs(abar, args.eta)
-
-    def losses(rng):
-        """Mean loss of every model on a batch (m,), with a gradient."""
-        found = []
-        for points, eps, x0 in data:
-            index = torch.randint(len(x0), (args.batch,), generator=rng, device=rng.device)
-            predict = problem.policy(index // (len(x0) // len(problem.prompts)))
-            if method == "elbo":
-                level = torch.randint(len(levels), (args.batch,), generator=rng, device=rng.device)
-                value = denoising_loss(predict, x0[index], level, times, levels, rng)
-            else:
-                step = torch.randint(args.steps, (args.batch,), generator=rng, device=rng.device)
-                value = kernel_loss(predict, points[:, index], eps[:, index], step, timesteps, costs)
-            found.append(value.mean())
-        return torch.stack(found)
-
-    def update(rng, descend, state):
-        weights, gap = state["weights"], 0
-        for _ in range(args.primal_steps):
-            loss = losses(rng)
-            (weights.to(loss) @ loss).backward()
-            descend()
-            gap = gap + loss.detach().double() / args.primal_steps
-        state["round"] += 1
-        if method != "equal" and state["round"] > args.updates // 6:
-            if state["unit"] == 0:
-                state["unit"] += spread(gap)
-            raw, state["memory"] = dual_update(weights, gap / state["unit"], state["memory"], args.dual_lr)
-            state["weights"] = project_to_simplex(raw)
-        found = {f"dual_{name}": w for name, w in zip(problem.models, weights.tolist())}
-        return found | {f"loss_{name}": v for name, v in zip(problem.models, gap.tolist())}
-
-    return update
-
-
-def run_methods(world, problem, data, fresh, args, out):
-    """Every method's adapter -> {method: namespace of weights, trace and what `look_at` finds}."""
-    results, late = {}, args.updates * 3 // 4
-    for method in args.methods:
-        equal = torch.full((len(data),), 1 / len(data), dtype=torch.float64, device=args.device)
-        state = dict(weights=equal, memory=torch.zeros_like(equal), unit=equal.new_zeros(()), round=equal.new_zeros(()))
-        update = cover_update(world, problem, data, args, method)
-        trace = train_adapter(f"{problem.name}_{method}", world, update, args, out, state)
-        save_adapter(world.unet, out / f"{problem.name}_{method}")
-        found = look_at(world, problem, fresh, args, problem.policy)
-        found.weights = [sum(point[f"dual_{name}"] for point in trace[late:]) / len(trace[late:])
-                         for name in problem.models]
-        found.trace, results[method] = trace, found
-    return results
-
-
-# ---- the measures ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def look_at(world, problem, fresh, args, policy):
-    """What a policy draws, and how far it is from the models on fresh paths of theirs -> a namespace of
-
-    images (K, n, 3, H, W), unit (K, n, d) in the CLIP model that only evaluates, kl and, where `elbo` is a method, ce,
-    lists over models of (K, n'), nats.
-    """
-    timesteps, abar = path_schedule(world.scheduler, args.steps)
-    times, levels = snr_levels(world.scheduler, args.levels)
-    rng, costs = torch.Generator(args.device).manual_seed(1000 + args.seed), step_costs(abar, args.eta)
-    count, kl, ce = len(problem.prompts), [], []
-    number = torch.arange(count, device=args.device).repeat_interleave(args.images)
-    x = draw_paths(policy(number), path_noise(world, args, len(number), rng), timesteps, abar, args.eta)[2]
-    for points, eps, x0 in fresh:
-        predict = policy(torch.arange(count, device=args.device).repeat_interleave(len(x0) // count))
-        steps = [kernel_loss(predict, points, eps, torch.full((len(x0),), i, device=args.device), timesteps, costs)
-                 for i in range(args.steps)]
-        kl.append(torch.stack(steps).mean(0).view(count, -1))
-        if "elbo" in args.methods:
-            steps = [denoising_loss(predict, x0, torch.full((len(x0),), i, device=args.device), times, levels, rng)
-                     for i in range(len(levels))]
-            ce.append(torch.stack(steps).mean(0).view(count, -1))
-    images, unit = judged(world, args, x, count)
-    return types.SimpleNamespace(images=images, unit=unit, kl=kl, ce=ce)
-
-
-def judged(world, args, x, count):
-    """Latents (K n, ...) -> images (K, n, 3, H, W), unit vectors in the CLIP model that only evaluates (K, n, d)."""
-    images = world.decode(x)
-    unit = clip_images(world.judge, images, args.chunk)
-    return images.view(count, -1, *images.shape[1:]).cpu(), unit.view(count, -1, unit.shape[1])
-
-
-def model_shares(unit, centres):
-    """Share of the unit vectors (K, n, d) that is nearest to each of the centres (K, m, d) -> (m,)."""
-    equal = torch.ones(unit.shape[1], device=unit.device)
-    return torch.stack([mode_masses(u, equal, c) for u, c in zip(unit, centres)]).mean(0).double().cpu()
-
-
-def measure(problem, results, units, fresh_units):
-    """The rows of a problem. `exact` of a share is that of the mixture of the models at the weights of the method.
-
-    Centres are the concepts' texts, or each adapter's mean image of a prompt, from the data (units), lists over models
-    of (K, n, d); what of a model's fresh images is taken for which model is counted, too.
-    """
-    name, count = problem.name, len(problem.prompts)
-    centres = (problem.texts.expand(count, -1, -1) if problem.texts is not None else
-               F.normalize(torch.stack([u.mean(1) for u in units], 1), dim=2))
-    taken = torch.stack([model_shares(u, centres) for u in fresh_units])  # (m, m)
-    rows = [row(f"bound.{name}.worst_kl", math.log(len(problem.models)))]
-    rows += [row(f"{model}.{name}.share_{other}", value) for model, line in zip(problem.models, taken.tolist())
-             for other, value in zip(problem.models, line)]
-    for method, out in results.items():
-        label, shares = f"{method}.{name}", model_shares(out.unit, centres)
-        for key in ("kl", "ce") if out.ce else ("kl",):
-            found = [paired_row(f"{label}.{key}_{model}", v) for model, v in zip(problem.models, getattr(out, key))]
-            rows += [*found, dict(max(found, key=lambda r: r["estimate"]), name=f"{label}.worst_{key}")]
-        exact = [None] * len(shares)
-        if out.weights is not None:
-            rows += [row(f"{label}.dual_{model}", w) for model, w in zip(problem.models, out.weights)]
-            exact = (torch.tensor(out.weights, dtype=torch.float64) @ taken).tolist()
-        for model, share, truth in zip(problem.models, shares.tolist(), exact):
-            se = (truth * (1 - truth) / out.unit[..., 0].numel()) ** 0.5 if truth is not None else None
-            rows.append(row(f"{label}.share_{model}", share, se, truth))
-        rows.append(row(f"{label}.diversity", pair_distance(out.unit)))
-    return rows
-
-
-def mode_masses(x, w, means):
-    """Share of the weighted points x (N, d), w (N,) that is nearest to each of means (K, d) -> (K,)."""
-    nearest = torch.cdist(x, means.to(x)).argmin(1)
-    return torch.zeros(len(means)).to(w).index_add_(0, nearest, w) / w.sum()
-
-
-def paired_row(name, values, before=None, exact=None):
-    """A row of the mean of values (K, n), with its standard error within prompts.
-
-    before (K, n), the base model's from the same noise, is known in the mean: the error is that of the difference.
-    """
-    spread = (values if before is None else values - before).var(1).mean()
-    return row(name, values.mean().item(), (spread / values.numel()).sqrt().item(), exact)
-
-
-def pair_distance(unit):
-    """Unit vectors (K, k, d) -> mean of 1 - cosine over the pairs within each of the K sets."""
-    k = unit.shape[1]
-    return ((1 - unit @ unit.mT).sum((1, 2)) / (k * (k - 1))).mean().item()
-
-
-def slug(prompt):
-    """A prompt as part of a row's name."""
-    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:40]
-
-
-# ---- the figures -----------------------------------------------------------------------------------------------------
-
-TITLES = dict(base="base", equal="equal weights", kl="constrained, kl", elbo="constrained, elbo")
-COLORS = dict(base="#999999", equal="#E69F00", kl="#0072B2", elbo="#D55E00")
-LINES = ("#0072B2", "#D55E00", "#000000", "#CC79A7", "#E69F00")
-
-
-def draw_mixture(path, args, problem, results, shown, rows):
-    """Images of the models, then of each method; KLs, shares (the mixture's as black dashes) and multipliers."""
-    value = {r["name"]: r for r in rows}
-    shown = {name: images for name, images in shown.items()} | {m: out.images for m, out in results.items()}
-    if len(problem.prompts) == 1:  # more of them fit on a line
-        shown = {name: images[0, : len(images[0]) // 4 * 4].unflatten(0, (4, -1)) for name, images in shown.items()}
-    prompts = problem.prompts if len(problem.prompts) > 1 else [""] * 4
-    figure = plt.figure(figsize=(10, 0.62 * len(shown) + 3.5))
-    grid = figure.add_gridspec(len(shown) + 1, 3, height_ratios=[*[1] * len(shown), 4], hspace=0.25, wspace=0.28,
-                               top=0.96, bottom=0.9 / (0.62 * len(shown) + 3.5), left=0.13, right=0.98)
-    drawn = {name: types.SimpleNamespace(images=images) for name, images in shown.items()}
-    least = min(images.shape[1] for images in shown.values())
-    draw_lines(figure, grid, argparse.Namespace(prompts=prompts, images=least), drawn,
-               {name: TITLES.get(name, f"{name}") for name in shown})
-    panels = [figure.add_subplot(grid[len(shown), k]) for k in range(3)]
-    for ax, key, title in zip(panels, ("kl", "share"), ("KL of each model from the adapter, nats",
-                                                        "share of the images, mixture dashed")):
-        for j, method in enumerate(results):
-            entries = [value[f"{method}.{problem.name}.{key}_{model}"] for model in problem.models]
-            where = torch.arange(len(entries)) + (j - (len(results) - 1) / 2) * 0.8 / len(results)
-            ax.bar(where.numpy(), [r["estimate"] for r in entries], 0.8 / len(results), color=COLORS[method],
-                   label=TITLES[method])
-            for x, r in zip(where.tolist(), entries):
-                if r["exact"] is not None:
-                    ax.plot([x - 0.4 / len(results), x + 0.4 / len(results)], [r["exact"]] * 2, "k--", linewidth=1)
-        ax.set_xticks(range(len(problem.models)), problem.models, fontsize=7)
-        ax.set_title(title, fontsize=8)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=len(results), fontsize=8)
-    for method, style in (("kl", "-"), ("elbo", "--")):
-        for i, model in enumerate(problem.models if method in results else ()):
-            panels[2].plot([point[f"dual_{model}"] for point in results[method].trace], style, linewidth=1,
-                           color=LINES[i % len(LINES)], label=model if style == "-" else None)
-    panels[2].set_title("multipliers" + ": kl, elbo dashed" * ("elbo" in results), fontsize=8)
-    panels[2].set_xlabel("round", fontsize=8)
-    if "kl" in results:
-        panels[2].legend(fontsize=6)
-    save_figure(figure, path)
-
-
-def draw_lines(figure, grid, args, results, titles):
-    """A line of images for each method of {method: measured images}, from the same noise; the prompts above."""
-    shown, per = min(4, len(args.prompts)), min(4, args.images)
-    for line, (method, found) in enumerate(results.items()):
-        ax = figure.add_subplot(grid[line, :])
-        images = [F.pad(torch.cat(list(prompt[:per]), 2), (2, 2, 2, 2), value=1.0) for prompt in found.images[:shown]]
-        ax.imshow(torch.cat(images, 2).permute(1, 2, 0).numpy(), interpolation="bicubic")
-        ax.set(xticks=[], yticks=[])
-        ax.set_ylabel(titles[method], rotation=0, ha="right", va="center")
-        for side in ax.spines.values():
-            side.set_visible(False)
-        for k, prompt in enumerate(args.prompts[:shown] if line == 0 else ()):
-            ax.text((k + 0.5) * images[0].shape[2], -4, prompt, ha="center", va="bottom", fontsize=8)
-
-
-# ---- shared: training of adapters ------------------------------------------------------------------------------------
-
-
-def training_flags(parser, lr):
-    """Add the flags of the scripts that train an adapter; lr is the default step of Adam."""
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in the folder of results")
-    parser.add_argument("--rank", type=positive(int), default=4, help="of the LoRA adapter")
-    parser.add_argument("--lr", type=positive(float), default=lr, help="step of Adam")
-    parser.add_argument("--updates", type=positive(int), help="rounds of training of each method")
-    parser.add_argument("--batch", type=positive(int), help="images of one round")
-    parser.add_argument("--eta", type=positive(float), default=1.0, help="noise of the DDIM kernel, at most 1 (DDPM)")
-    parser.add_argument("--images", type=positive(int), help="images of each prompt that are measured, at least 2")
-
-
-def check_training_flags(parser, args):
-    """Fill in the sizes of the preset; end where the flags make no sense."""
-    for name, value in PRESETS["quick" if args.quick else "paper" if args.paper else "default"].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.steps > 1000 or args.eta > 1:
-        parser.error("--steps can be at most 1000 and --eta at most 1")
-    if args.images < 2:
-        parser.error("--images must be at least 2: diversity is that of two images")
-    if args.batch < processes()[0]:
-        parser.error(f"--batch {args.batch} cannot be shared out to {processes()[0]} processes")
-
-
-def fresh_adapter(unet, rank, rng):
-    """A new LoRA adapter W + B A on the attention of a UNet -> {name: weight}, float32; A is normal, B zero.
-
-    At first it changes nothing. lora_alpha is the rank, so that a file of the weights alone tells everything.
-    """
-    import peft
-    if getattr(unet, "peft_config", None):
-        unet.delete_adapters(list(unet.peft_config))
-    unet.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    weights = {name: value for name, value in unet.named_parameters() if "lora_" in name}
-    for name, value in weights.items():
-        value.data = torch.zeros_like(value, dtype=torch.float32)
-        if "lora_A" in name:
-            torch.nn.init.normal_(value, std=1 / rank, generator=rng)
-    return weights
-
-
-def save_adapter(unet, folder):
-    """Write the adapter as diffusers does: pipe.load_lora_weights(folder) loads it onto the base model."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name="default"))
-    write_atomically(folder / "pytorch_lora_weights.safetensors",
-                     lambda part: StableDiffusionPipeline.save_lora_weights(part.parent, layers, weight_name=part.name))
-
-
-def without_adapter(unet, predict_noise):
-    """predict_noise(x, t) of the base model: the adapter is off during each call, also one that is made again."""
-
-    def base_noise(x, t):
-        unet.disable_adapters()
-        try:
-            return predict_noise(x, t)
-        finally:
-            unet.enable_adapters()
-
-    return base_noise
-
-
-def prompted(world, args, number, chunk=None):
-    """predict_noise(x, t) of the UNet with its adapter, for latents of the prompts number (n,), or (1,) for all."""
-    return noise_predictor(world.unet, world.cond[number], world.uncond, args.guidance, chunk)
-
-
-def path_noise(world, args, n, rng):
-    """The noise of n sampling paths: at the start, then of each step (T + 1, n, C, h, w)."""
-    return torch.randn(args.steps + 1, n, *world.shape, generator=rng, device=rng.device)
-
-
-def train_adapter(name, world, update, args, folder, state=None, averaged=0.25):
-    """A fresh adapter trained by args.updates calls of update(rng, descend, state) -> trace, a list of dicts of floats.
-
-    update leaves gradients and calls descend() for a step of Adam; state is a dict of tensors of its own. At the end
-    the adapter holds the average of its weights over the last quarter, or the part `averaged`. Twenty times there is a
-    checkpoint, with the state of all that is random: --resume gives the same bytes as a run without interruption.
-    """
-    other = ("out", "resume", "methods", "problem", "images", "chunk", "device")
-    settings = json.dumps([name, {key: value for key, value in vars(args).items() if key not in other}])
-    path, rng = folder / f"{name}.pt", torch.Generator(args.device).manual_seed(args.seed)
-    weights, trace, first, state = fresh_adapter(world.unet, args.rank, rng), [], 0, state or {}
-    average = {key: torch.zeros_like(value) for key, value in weights.items()}
-    optimizer = torch.optim.Adam(weights.values(), args.lr, betas=(0.9, 0.99))
-    if args.resume and path.exists():
-        stored = read_checkpoint(path, settings, args.device)
-        first, trace, average = stored["step"], stored["trace"], stored["average"]
-        optimizer.load_state_dict(stored["optimizer"])
-        rng.set_state(stored["rng"].cpu())
-        state.update(stored["state"])
-        for key, value in weights.items():
-            value.data.copy_(stored["weights"][key])
-
-    def descend():
-        for value in weights.values():
-            value.grad = process_sum(value.grad)  # each process has that of its share of the batch
-        if not torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).isfinite():
-            fail(f"{name}: the gradient is not finite; lower --lr, or try --dtype bfloat16 or float32.")
-        optimizer.step()
-        optimizer.zero_grad()
-
-    late = int(args.updates * (1 - averaged))
-    for step in range(first, args.updates):
-        trace.append(update(rng, descend, state))
-        if step >= late:
-            for key, value in weights.items():
-                average[key] += value.detach() / (args.updates - late)
-        if (step + 1) % max(1, args.updates // 20) == 0 or step + 1 == args.updates:
-            record = dict(settings=settings, step=step + 1, trace=trace, average=average, state=state,
-                          optimizer=optimizer.state_dict(), rng=rng.get_state(),
-                          weights={key: value.detach() for key, value in weights.items()})
-            write_atomically(path, lambda part: torch.save(record, part))
-            now = ", ".join(f"{key} {value:.2f}" for key, value in trace[-1].items())
-            progress(f"{name}: {now}; update", step + 1, args.updates)
-    for key, value in weights.items():
-        value.data.copy_(average[key])
-    return trace
-
-
-def read_checkpoint(path, settings, device):
-    """The checkpoint of a training with these settings."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        if state["settings"] != settings:
-            fail(f"{path} was trained with other settings ({state['settings']}): delete it, or run without --resume.")
-    except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fail(f"{path} is no checkpoint of this script ({type(error).__name__}): delete it to train again.")
-    return state
-
-
-# ---- shared: a Stable Diffusion model from a folder or the hub -------------------------------------------------------
-
-
-def load_pipeline(model, device="cpu", dtype=torch.float32):
-    """A frozen StableDiffusionPipeline with the DDIM form of its schedule: Stable Diffusion v1.x or the miniature.
-
-    model is a folder in the layout of diffusers or a hub id. Other kinds of models end in one sentence.
-    """
-    import diffusers
-    import transformers
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    try:
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(model), safety_checker=None,
-                                                                 requires_safety_checker=False)
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-    except Exception as error:  # every library below raises its own
-        fail(f"{model} is no Stable Diffusion model: neither a folder with model_index.json, unet, vae, text_encoder, "
-             f"tokenizer and scheduler, nor an id that the hub gives now ({type(error).__name__}). Where there is a "
-             f"network: hf download {model}.")
-    if pipe.scheduler.config.prediction_type != "epsilon" or pipe.unet.config.in_channels != 4:
-        fail(f"{model} does not predict the noise of 4 latent channels, as Stable Diffusion v1.x does.")
-    pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False).to(device, dtype).eval()
-    return pipe
-
-
-def load_clip(model, device="cpu", dtype=torch.float32):
-    """A frozen CLIPModel (OpenAI, LAION, PickScore, or one of the miniature's) -> namespace of net and tokenizer."""
-    import transformers
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        net = transformers.CLIPModel.from_pretrained(str(model)).requires_grad_(False).to(device, dtype).eval()
-        return types.SimpleNamespace(net=net, tokenizer=transformers.CLIPTokenizer.from_pretrained(str(model)))
-    except Exception as error:  # every library below raises its own
-        fail(f"{model} is no CLIP model: neither a folder with config.json, model.safetensors and a tokenizer, nor an "
-             f"id that the hub gives now ({type(error).__name__}). Where there is a network: hf download {model}.")
-
-
-def processes():
-    """How many processes work together, see `join_processes`, and the number of this one."""
-    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-
-
-def process_sum(x):
-    """The sum of a tensor over the processes."""
-    if processes()[0] > 1:
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-    return x
-
-
-def over_processes(function):
-    """function of tensors (n, ...) whose rows are independent -> (n, ...), each process working out a share of the n.
-
-    All processes get all rows, and the whole gradient of the tensors; that of a weight is the one of their share.
-    """
-
-    def shared(*tensors):
-        (count, number), n = processes(), len(tensors[0])
-        if count == 1:
-            return function(*tensors)
-        size = -(-n // count)  # where count does not divide n, the last row is worked out again
-        mine = torch.arange(number * size, number * size + size, device=tensors[0].device).clamp(max=n - 1)
-        tensors = [tensor.view_as(tensor) for tensor in tensors]
-        for tensor in tensors:
-            if tensor.requires_grad:
-                tensor.register_hook(process_sum)
-        own = function(*(tensor[mine] for tensor in tensors))
-        parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(count)]
-        dist.all_gather(parts, own.detach().contiguous())
-        parts[number] = own  # the same numbers, with a gradient
-        return torch.cat(parts)[:n]
-
-    return shared
-
-
-def in_chunks(function, chunk, *tensors):
-    """function of the tensors (n, ...) in slices of `chunk` (None: all at once) -> its results (n, ...) joined.
-
-    Where a gradient is wanted, each slice is computed again in the backward pass: memory is that of one slice.
-    """
-    if (chunk or processes()[0]) < processes()[0]:
-        fail(f"--chunk {chunk} is less than the {processes()[0]} processes, and counts the images of all of them.")
-    parts = list(zip(*(tensor.split(chunk or len(tensor)) for tensor in tensors)))
-    if len(parts) > 1 and torch.is_grad_enabled():
-        return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
-    return torch.cat([function(*part) for part in parts])
-
-
-def tokenize(tokenizer, prompts):
-    """K prompts -> token ids (K, L) of the tokenizer's full length, the rest cut off."""
-    length = tokenizer.model_max_length
-    return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True).input_ids
-
-
-@torch.no_grad()
-def encode_prompts(pipe, prompts):
-    """K prompts -> their embeddings (K, L, d) by the text encoder; of [""] the unconditional one."""
-    ids = torch.tensor(tokenize(pipe.tokenizer, prompts), device=pipe.text_encoder.device)
-    return pipe.text_encoder(ids)[0]
-
-
-def noise_predictor(unet, cond, uncond=None, guidance=1.0, chunk=None):
-    """The function predict_noise(x, t) -> eps of a UNet and prompts, with classifier-free guidance.
-
-    cond (1, L, d), one prompt for all, or (n, L, d), one for each; uncond (1, L, d). predict_noise takes latents x
-    (n, C, h, w) and a time step t (int) or (n,), gives eps (n, C, h, w) in the dtype of x, and runs the UNet on
-    `chunk` latents at once: eps = eps(uncond) + guidance (eps(cond) - eps(uncond)), without uncond at guidance 1.
-    """
-    dtype = next(unet.parameters()).dtype
-
-    @over_processes
-    def plain(x, t, cond):
-        return unet(x.to(dtype), t, encoder_hidden_states=cond.to(dtype)).sample.to(x.dtype)
-
-    def guided(x, t, cond):
-        eps, free = plain(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([cond, uncond.expand_as(cond)])).chunk(2)
-        return free + guidance * (eps - free)
-
-    def predict_noise(x, t):
-        if len(cond) not in (1, len(x)):
-            raise ValueError(f"{len(cond)} prompts for {len(x)} latents")
-        t = torch.as_tensor(t, device=x.device).expand(len(x))
-        return in_chunks(plain if guidance == 1 else guided, chunk, x, t, cond.expand(len(x), -1, -1))
-
-    return predict_noise
-
-
-def image_decoder(vae, chunk=None):
-    """The function decode(latents (n, C, h, w)) -> images (n, 3, H, W) in [0, 1], float32, with a gradient."""
-    dtype = next(vae.parameters()).dtype
-
-    @over_processes
-    def part(latents):
-        return (vae.decode((latents / vae.config.scaling_factor).to(dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
-
-    return lambda latents: in_chunks(part, chunk, latents)
-
-
-def images_in_range(images):
-    """images (n, 3, H, W), if they lie in [0, 1]: what every reward takes, and asserts."""
-    assert images.dim() == 4 and images.shape[1] == 3, f"images have shape {tuple(images.shape)}"
-    low, high = images.detach().aminmax()
-    assert 0 <= low and high <= 1, f"images reach from {low.item():.3g} to {high.item():.3g}, not within [0, 1]"
-    return images
-
-
-@torch.no_grad()
-def clip_text(clip, prompts):
-    """K prompts -> unit vectors (K, d), float32."""
-    ids = torch.tensor(tokenize(clip.tokenizer, prompts), device=clip.net.device)
-    return F.normalize(clip.net.text_projection(clip.net.text_model(input_ids=ids).pooler_output).float(), dim=1)
-
-
-def clip_images(clip, images, chunk=None):
-    """images (n, 3, H, H) in [0, 1] -> unit vectors (n, d), float32, with a gradient; with clip_text: the CLIP score.
-
-    One preprocessing, that of OpenAI's models: bicubic scaling to the model's size, then CLIP_MEAN and CLIP_STD.
-    """
-    size = clip.net.config.vision_config.image_size
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
-
-    @over_processes
-    def part(images):
-        if images.shape[2:] != (size, size):
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        pixels = ((images - mean) / std).to(clip.net.dtype)
-        return F.normalize(clip.net.visual_projection(clip.net.vision_model(pixels).pooler_output).float(), dim=1)
-
-    return in_chunks(part, chunk, images_in_range(images))
-
-
-def ddim_kernel(x0_hat, eps, abar, abar_next, eta):
-    """Mean (N, ...) and standard deviation (float) of p(x_{t-1} | x_t); eta = 1 is DDPM. DDIM (Song 2021) eq. 12."""
-    sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
-    return abar_next**0.5 * x0_hat + max(1 - abar_next - sigma**2, 0.0) ** 0.5 * eps, sigma
-
-
-# ---- shared: command line and files ----------------------------------------------------------------------------------
-
-
-def join_processes():
-    """Under `accelerate launch`, become one of its processes, with the GPU of its number; the first writes and speaks.
-
-    Every process runs the whole script from the same seeds: all of them draw all the noise and have every particle,
-    path, reward and multiplier, so that no method need know of the others. What takes the time, a network on a batch,
-    is shared out (`over_processes`), and the gradients of the weights are summed (`train_adapter`).
-    """
-    count, gpus = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.device_count()
-    if count > 1 and not dist.is_initialized():
-        if 0 < gpus <= int(os.environ["LOCAL_RANK"]):
-            fail(f"{count} processes need as many GPUs, and here are {gpus}: start fewer, or hide the GPUs.")
-        if gpus:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-    if processes()[1]:
-        silent = dict.fromkeys(("progress", "write_atomically", "write_numbers", "print_table"), lambda *_: None)
-        globals().update(silent, fail=lambda _: sys.exit(2))
-
-
-def common_parser(doc):
-    """The flags that every script has, in the same order; a bad flag ends in one sentence and exit code 2."""
+def common_flags(doc, size, quick, paper):
+    """The flags of every script of this folder -> parser. What the tuples of sizes count is each script's own."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{parser.prog}: {message}")
-    parser.add_argument("--seed", type=int, default=0)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="coarse, in seconds")
-    size.add_argument("--paper", action="store_true", help="the paper's sizes")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of results and caches")
-    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
+    add = parser.add_argument
+    add("--quick", dest="size", action="store_const", const=quick, default=size, help="coarse, seconds")
+    add("--paper", dest="size", action="store_const", const=paper, help="the paper's sizes; needs a GPU")
+    add("--seed", type=int, default=0, help="prompt k has the seed SEED + 100 k, process j adds j million")
+    add("--out", type=pathlib.Path, default=f"out/sd_{pathlib.Path(__file__).stem}", help="folder of results")
+    add("--device", choices=["cpu", "cuda"][: 1 + torch.cuda.is_available()], default="cpu")
+    add("--model", default=str(MINI), help="Stable Diffusion v1 or v2: folder, .safetensors file or hub id")
+    add("--prompts", nargs="+", default=PROMPTS, help="or one .txt file with a prompt a line")
+    add("--reward", nargs="+", default=["clip"], metavar="NAME[=WEIGHT]", help="jpeg saturation contrast clip aesthetic"
+        " or my.py:function of images (n, 3, H, W) in [0, 1] and prompts -> (n,)")
+    add("--clip", default=str(MINI / "clip_reward"), help="CLIP model of the reward, also yuvalkirstain/PickScore_v1")
+    add("--aesthetic-head", default="sac+logos+ava1-l14-linearMSE.pth", help="LAION's file")
+    add("--steps", type=int, default=10, help="of the sampler")
+    add("--guidance", type=float, default=4.0, help="classifier-free; 1 is none")
+    add("--chunk", type=int, help="images in one call, this sets the memory: 64 of the miniature, else 1")
     return parser
 
-
-def device(text):
-    """An argparse type: a device of PyTorch that this machine has."""
+def checked(parser, args):
+    """The flags, with prompts read from a file; what cannot work is said in one sentence before any work."""
+    mini = pathlib.Path(args.model).resolve() == MINI
+    args.chunk = args.chunk or (64 if mini else 1)
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not 0 < value + (name == "seed") < 1e9:
+            parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
     try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine") from error
-    return text
+        if args.prompts[0].endswith(".txt"):
+            lines = pathlib.Path(args.prompts[0]).read_text(encoding="utf-8-sig").splitlines()
+            args.prompts = [line.strip() for line in lines if line.strip()]
+        args.weights = {name: float(weight or 1) for name, _, weight in (word.partition("=") for word in args.reward)}
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / ".writable").touch()  # or it is said now, not after all the work
+    except (OSError, ValueError) as error:
+        parser.error(f"--prompts, --reward or --out: {error}")
+    if not 0 < len({*args.prompts}) == len(args.prompts) or len(args.weights) < len(args.reward):
+        parser.error("--prompts and --reward: there are none, or one stands there twice")
+    if not mini and MINI in pathlib.Path(args.clip).resolve().parents and {"clip", "aesthetic"} & {*args.weights}:
+        parser.error("--clip: the miniature's CLIP model knows emoji alone; name that of the reward")
+    return args
 
+# ---- the problem: paths of the models --------------------------------------------------------------------------------
+def alone(model):
+    """The model at the empty prompt without guidance, at half the price: two equal predictions need one call."""
+    student, second = copy.copy(model), lambda v: v[len(v) // 2 :]
+    student.unet = lambda *both: types.SimpleNamespace(sample=model.unet(*map(second, both)).sample.repeat(2, 1, 1, 1))
+    return student
 
-def results_folder(args, script):
-    """The folder of a script's results, `out`/<folder>_<script>; made now, so that a bad path costs no work."""
-    path = args.out / script
+@torch.no_grad()
+def draw_paths(args, accelerator, model, predict, lead, n, seed):
+    """n paths led by one of the functions predict[j](x, i) -> x (T + 1, n, ...), eps (T, m, n, ...) by all of them."""
+    torch.manual_seed(args.seed + seed + 10**6 * accelerator.process_index)
+    done = []
+    for z in torch.randn(args.steps + 1, n, *model.shape).split(args.chunk, 1):
+        x, eps = [z[0]], []
+        for i, (a, b) in enumerate(zip(model.abar, model.abar[1:])):
+            eps.append(torch.stack([function(x[i], i) for function in predict]))
+            mean, sigma = kernel(x[i], eps[i][lead], a, b)
+            x.append(mean + sigma * z[i + 1])
+        done.append((torch.stack(x), torch.stack(eps)))
+    return torch.cat([x for x, _ in done], 1), torch.cat([eps for _, eps in done], 2)
+
+def reference(model, x, eps, dual, k):
+    """Paths x (T + 1, n, ...), predictions eps (T, m, n, ...) of all q_i, multipliers dual (m,) -> the share of each
+    q_i in a path's density (m, n); KL(q_k || posterior_mean) by step (T, n), nats, if these are paths of q_k."""
+    log_w, kl = dual.log().to(x)[:, None].expand(-1, x.shape[1]), []  # (m, n): weight times density of the path
+    for i, (a, b) in enumerate(zip(model.abar, model.abar[1:])):
+        best = torch.einsum("mn,mnchw->nchw", log_w.softmax(0), eps[i])
+        kl.append(cost(model, i) * (best - eps[i, k]).flatten(1).square().sum(1))
+        mean, sigma = kernel(x[i], eps[i], a, b)
+        log_w = log_w - ((x[i + 1] - mean) / sigma).flatten(2).square().sum(2) / 2
+    return log_w.softmax(0), torch.stack(kl)
+
+def cost(model, i):
+    """What |eps_q - eps_p|^2 costs at step i, () or (n,), nats: |mean_q - mean_p|^2 / (2 sigma^2), Lemma 1."""
+    mean, sigma = torch.tensor([kernel(0, 1, a, b) for a, b in zip(model.abar, model.abar[1:])]).T
+    return ((mean / sigma) ** 2 / 2)[i]
+
+# ---- the method ------------------------------------------------------------------------------------------------------
+def dual_step(dual, slack, curvature, simplex):
+    """Multipliers (m,) half way to the maximum of the dual function's quadratic expansion: slack (m,) is its gradient,
+    -curvature (m, m) its Hessian; over dual >= 0, of sum one on the simplex. Half way halves the noise of estimates."""
+    unit = slack.abs().max() + curvature.abs().max()  # the solver wants numbers of order one
+
+    def loss(v):
+        v = torch.from_numpy(v) - dual
+        return float((v @ curvature @ v / 2 - v @ slack) / unit)
+
+    found = minimize(loss, dual.numpy(), method="SLSQP", bounds=[(0, None)] * len(dual), options=dict(ftol=1e-12),
+                     constraints=[dict(type="eq", fun=lambda v: v.sum() - 1)] * simplex)
+    return (dual + torch.from_numpy(found.x).clamp(min=0)) / 2
+
+def curvature(dual, slack):
+    """Minus the dual function's Hessian, from above: diag(1 / dual) for a model that is the mixture. One that cannot
+    tell the prompts apart has KLs many times larger, and so many times larger a curvature."""
+    return (slack.mean() / dual.clamp(min=1e-3)).diag()
+
+def path_kl(student, i, x, eps):
+    """KL of a q_k from the adapter's model, by one step i (n,) of its paths, x and eps (n, ...) there -> (n,), nats."""
+    apart = student.eps(x, i, 0) - eps
+    return len(student.times) * cost(student, i) * apart.flatten(1).square().sum(1)
+
+def cover(args, accelerator, student, data, path, move, step):
+    """A round: args.every descents of sum_i dual_i KL_i on batches, then a step of the multipliers, which path lists.
+    data: x, eps (m, T, n, ...) -> multipliers and KLs, two lists."""
+    (x, eps), m, batch, slack = data, len(args.prompts), args.size[1] * len(args.prompts), 0.0
+    for _ in range(args.every):
+        at, found = [torch.arange(batch) % m, *(torch.randint(v, (batch,)) for v in x.shape[1:3])], []
+        for k, i, n in zip(*(v.split(args.chunk) for v in at)):
+            kl = path_kl(student, i, x[k, i, n], eps[k, i, n])
+            (path[-1].to(kl)[k] @ kl / args.size[1]).backward()
+            found.append(kl.detach())
+        step()
+        slack = slack + accelerator.reduce(torch.cat(found).view(-1, m).mean(0), "mean").double().cpu() / args.every
+    path.append(dual_step(path[-1], slack, curvature(path[-1], slack), simplex=True) if move else path[-1])
+    return path[-1].tolist(), slack.tolist()
+
+def LoraConfig(target_modules, **options):
+    """peft's, of the attention, which train asks for, and of the layers that hold most of the weights."""
+    return peft.LoraConfig(target_modules=target_modules + LAYERS, **options)
+
+def train(args, accelerator, model, name, rounds, update):
+    """A fresh adapter, and `rounds` times update(step), which back-propagates and calls step() -> what these return.
+    The adapter is left on, and saved in args.out/name for pipe.load_lora_weights."""
+    unet, file = model.unet, args.out / f"{name}_{accelerator.process_index}.pt"
+    unet.delete_adapters([*getattr(unet, "peft_config", {})])
+    torch.manual_seed(args.seed)
+    unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian",
+                                target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    weights = [p for p in unet.parameters() if p.requires_grad]
+    optimizer, trace = torch.optim.Adam(weights, args.lr, betas=(0.9, 0.99)), []
+    flags = str(vars(args) | dict(resume=False))
+    if args.resume and file.exists():
+        saved = torch.load(file, map_location=accelerator.device, weights_only=True)
+        if saved["flags"] != flags:
+            raise Refused(f"--resume: {file} is of a run with other flags")
+        trace = saved["trace"]
+        set_peft_model_state_dict(unet, saved["adapter"])
+        optimizer.load_state_dict(saved["optimizer"])
+    def step():
+        for p in weights:
+            p.grad = accelerator.reduce(p.grad, "mean")
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for i in trange(len(trace), rounds, desc=name, disable=not accelerator.is_main_process):
+        torch.manual_seed(args.seed + 1000 * (i + 1) + 10**6 * accelerator.process_index)  # the same after --resume
+        trace.append(update(step))
+        torch.save(dict(flags=flags, trace=trace, adapter=get_peft_model_state_dict(unet),
+                        optimizer=optimizer.state_dict()), file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
+    if accelerator.is_main_process:
+        StableDiffusionPipeline.save_lora_weights(args.out / name, get_peft_model_state_dict(unet))
+    return trace
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+def kernel(x, eps, a, b):
+    """Mean and standard deviation of p(x_{t-1} | x_t = x), signal powers a and b: DDIM with eta = 1, which is DDPM."""
+    sigma = ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+    return b**0.5 * forecast(x, eps, a) + max(1 - b - sigma**2, 0) ** 0.5 * eps, sigma
+
+def forecast(x, eps, abar):
+    """x0_hat, Tweedie's mean of x_0 given x_t = x."""
+    return (x - (1 - abar) ** 0.5 * eps) / abar**0.5
+
+class Refused(ValueError):
+    """What a user can mend, said in one sentence."""
+
+def loaded(source, load, *args, **options):
+    """load(...), where the library's own first line about a file, a folder or a hub id becomes the sentence."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{path} cannot be made: {error.strerror}")
-    return path
+        return load(*args, **options)
+    except Exception as error:  # every library raises its own
+        raise Refused(f"{source}: {type(error).__name__}: {error}".splitlines()[0]) from error
 
+class Diffusion:
+    """Stable Diffusion v1 or v2, frozen, with its prompts, which `number` counts, and its sampling steps.
+    shape (C, h, w) of latents; times (T,) and abar (T + 1,) from noise to data."""
+    def __init__(self, args, device):
+        names = [path.name for path in pathlib.Path(args.model).glob("unet/*model*.[sb]*")]
+        half = dict(variant="fp16") if names and all(".fp16" in name for name in names) else {}
+        single = args.model.endswith(".safetensors")
+        load = StableDiffusionPipeline.from_single_file if single else StableDiffusionPipeline.from_pretrained
+        pipe = loaded(args.model, load, args.model, safety_checker=None, feature_extractor=None, **half)
+        self.pipe, self.unet, config, schedule = pipe, pipe.unet, pipe.unet.config, pipe.scheduler.config
+        self.guidance, self.velocity = args.guidance, schedule.prediction_type == "v_prediction"
+        abar = getattr(pipe.scheduler, "alphas_cumprod", torch.zeros(1)).double().cpu()
+        for fits, what in (
+                (config.in_channels == pipe.vae.config.latent_channels, "a UNet of latents alone"),
+                (not (config.time_cond_proj_dim or config.addition_embed_type), "a UNet of time and text alone"),
+                (isinstance(config.sample_size, int), "square images"),
+                (self.velocity or schedule.prediction_type == "epsilon", "a prediction of noise or velocity"),
+                (0 < abar.min() and abar.max() < 1, "signal powers between 0 and 1"),
+                (args.steps < len(abar), f"{args.steps + 1} levels, take fewer --steps")):
+            if not fits:
+                raise Refused(f"--model {args.model}: this needs Stable Diffusion v1 or v2, with {what}")
+        loaded(args.model, pipe.to, device)
+        if getattr(args, "dtype", "float32") != "float32":  # which a likelihood or a KL needs
+            pipe.to(getattr(torch, args.dtype))
+        [part.requires_grad_(False) for part in (pipe.unet, pipe.vae, pipe.text_encoder)]
+        # levels even in log SNR: a step that multiplies it by more than the others dominates the KL of a path
+        snr, order = (abar / (1 - abar)).log(), torch.arange(args.steps + 1).flip(0)
+        wanted = torch.linspace(snr[-1].item(), snr[0].item(), args.steps + 1, dtype=torch.float64)
+        times = (snr[:, None] - wanted).abs().argmin(0).maximum(order)
+        self.times, self.abar = times[:-1].to(device), abar[times].tolist()
+        self.shape = (config.in_channels, config.sample_size, config.sample_size)
+        with torch.no_grad():
+            self.cond, self.uncond = pipe.encode_prompt(args.prompts, device, 1, True)
 
-def positive(kind):
-    """An argparse type: a number of this kind (int or float) above zero."""
+    def eps(self, x, i, number):
+        """The noise in latents x (n, C, h, w) at step i, () or (n,), for prompts number, () or (n,); float32."""
+        number, t = (torch.as_tensor(v, device=x.device).expand(len(x)) for v in (number, self.times[i]))
+        texts = torch.cat([self.cond[number], self.uncond[number]])
+        both = self.unet(x.repeat(2, 1, 1, 1).to(texts.dtype), t.repeat(2), texts).sample.to(x.dtype)
+        out = both[len(x) :] + self.guidance * (both[: len(x)] - both[len(x) :])  # classifier-free
+        if self.velocity:
+            abar = torch.tensor(self.abar, device=x.device)[i].view(-1, 1, 1, 1)
+            out = abar.sqrt() * out + (1 - abar).sqrt() * x
+        return out
 
-    def parse(text):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be above zero, got {text}")
-        return value
+    def decode(self, x):
+        """Latents (n, C, h, w) -> images (n, 3, H, W) in [0, 1], float32, with a gradient."""
+        x = (x / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)
+        return (self.pipe.vae.decode(x).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
+# ---- files, figure, main ---------------------------------------------------------------------------------------------
+@torch.no_grad()
+def save_samples(args, model, found):
+    """found {method: x (K, G, P, C, h, w), gain and log_w (K, G, P)} -> latents.pt; images/ with one PNG a group, drawn
+    by weight, in the table images.csv; returned: {method: images (K, G, 3, H, W)}."""
+    torch.save({name: {k: v.cpu() for k, v in f.items()} for name, f in found.items()}, args.out / "latents.pt")
+    (args.out / "images").mkdir(exist_ok=True)
+    sheets, lines = {}, [("file", "prompt", "method", "seed", "gain", "weight")]
+    for method, f in found.items():
+        w, sheets[method] = f["log_w"].softmax(2), []
+        for k, prompt in enumerate(args.prompts):
+            pick = (torch.arange(w.shape[1]), w[k].multinomial(1)[:, 0])
+            sheets[method].append(torch.cat([model.decode(x) for x in f["x"][k][pick].split(args.chunk)]).cpu())
+            for g, image in enumerate(to_pil(sheets[method][k])):
+                values = (args.seed + 100 * k, f["gain"][k][pick][g].item(), w[k][pick][g].item())
+                lines.append((f"images/{k}_{method}_{g}.png", prompt, method, *values))
+                image.save(args.out / lines[-1][0])
+    with open(args.out / "images.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+    return {method: torch.stack(images) for method, images in sheets.items()}
 
+def to_pil(images):
+    """Images (n, 3, H, W) in [0, 1] -> list of n PIL images."""
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.detach()))
 
-def fail(message):
-    """End with one sentence on stderr and exit code 2."""
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
+def draw_images(ax, images, label):
+    """A line of images (K, G, 3, H, W): four of each of the first four prompts."""
+    parts = [F.pad(torch.cat([*F.pad(v, [1] * 4, value=1.0)], 2), [0, 4, 0, 0], value=1.0) for v in images[:4, :4]]
+    ax.imshow(torch.cat(parts, 2).permute(1, 2, 0))
+    ax.set(xticks=[], yticks=[], frame_on=False)
+    ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
 
+def report(args, rows, started, draw):
+    """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
+    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
+    rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
+    widths = [max(len(r[i]) for r in rows) for i in range(3)]
+    for r in [names, *rows]:
+        cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
+        print(*(word.ljust(width) for word, width in zip(r, widths)), *(f"{cell:>9}" for cell in cells))
+    record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
+    text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
+    part.write_text(text.replace(f"{MINI.parents[1]}/", ""))  # paths from the top folder
+    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
+    draw().savefig(part, dpi=100, format="png")
+    part.replace(args.out / "figure.png")
 
-def progress(label, done, total):
-    """A line on stderr that counts up."""
-    if done == total or done % max(1, total // 20) == 0:
-        print(f"\r{label} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-
-def write_atomically(path, write):
-    """Call write(path of a temporary file), then rename: an interrupted run leaves no half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"part-{path.name}")  # the suffix stays, matplotlib reads the format from it
-    write(part)
-    os.replace(part, path)
-
-
-def save_figure(figure, path, dpi=100):
-    """Write a figure as a PNG with a palette of 128 colours, which is a third of the size, and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi)
-    plt.close(figure)
-    picture = Image.open(buffer).convert("RGB").quantize(128)
-    write_atomically(path, lambda part: picture.save(part, optimize=True))
-
-
-def row(name, estimate, se=None, exact=None, reference=None):
-    """A line of numbers.json. z is against `reference` (value, standard error) where there is one, else `exact`."""
-    value, value_se = reference or (exact, 0.0)
-    z = (estimate - value) / math.hypot(se, value_se) if se and value is not None else None
-    return dict(name=name, estimate=estimate, se=se, exact=exact, reference=reference and reference[0], z=z)
-
-
-def write_numbers(path, args, rows, evaluations, seconds):
-    """numbers.json: the arguments, the rows and what the run cost."""
-    args = {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in vars(args).items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "matplotlib")}
-    record = dict(args=args, rows=rows, network_evaluations=evaluations, seconds=round(seconds, 1),
-                  peak_memory_mb=round(peak), versions=dict(python=sys.version.split()[0], **versions))
-    write_atomically(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
-    print(f"results: {path.parent}", file=sys.stderr)
-
-
-def print_table(rows, problem, keys):
-    """The rows named method.problem.key: a line a method, a column a key; estimate±se, and z in brackets."""
-    table = {r["name"]: r for r in rows}
-    methods = list(dict.fromkeys(name.split(".")[0] for name in table if name.split(".")[1] == problem))
-
-    def cell(r):
-        if r is None:
-            return ""
-        text = f"{r['estimate']:,}" if isinstance(r["estimate"], int) else f"{r['estimate']:.3f}"
-        return text + (f"±{r['se']:.3f}" if r["se"] else "") + (f" ({r['z']:+.1f})" if r["z"] is not None else "")
-
-    lines = [[m, *(cell(table.get(f"{m}.{problem}.{key}")) for key in keys)] for m in methods]
-    lines = [[problem, *keys]] + [line for line in lines if any(line[1:])]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines if len(lines) > 1 else []:
-        print(line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:])), sep="  ")
-    print()
-
-
-# ---- main ------------------------------------------------------------------------------------------------------------
-
+def draw(args, sheets, steps, paths):
+    """Lines of images; KL by step, the mean over prompts; the path of the multipliers."""
+    figure = Figure(figsize=(9, 0.45 * len(sheets) + 2.6), layout="constrained")
+    axes = figure.subplot_mosaic([[m] * 2 for m in sheets] + [["kl", "dual"]], height_ratios=[0.45] * len(sheets) + [2])
+    for method, images in sheets.items():
+        label = args.prompts[int(method[7:])] if method.startswith("prompt_") else method
+        draw_images(axes[method], images[0, :16].unflatten(0, (4, -1)), label)  # of one prompt, more fit on a line
+    for method, kl in steps.items():
+        axes["kl"].plot(torch.stack(kl).mean(0).tolist(), ":" if method == "posterior_mean" else "-", label=method)
+    for prompt, line in zip(args.prompts, zip(*paths.get("constrained", []))):
+        axes["dual"].plot(line, label=prompt)
+    axes["kl"].set_yscale("symlog")
+    axes["dual"].set_ylim(0, 1)
+    for name, title in dict(kl="KL of each step, nats, mean over prompts", dual="multipliers by round").items():
+        axes[name].set_title(title, fontsize=9)
+        axes[name].legend(fontsize=8, loc="center right" if name == "kl" else "upper left")
+    return figure
 
 def main(args):
-    """Draw from the models, train every method, write figures and numbers.json -> {row name: estimate}."""
-    start, out = time.perf_counter(), results_folder(args, "sd_or_composition")
-    rng = torch.Generator(args.device).manual_seed(args.seed)
-    world = load_models(args)
-    schedule, rows, calls, drawn = path_schedule(world.scheduler, args.steps), [], 0, {}
-    problems = make_mixtures(world, args)
-    for problem in problems:  # before any adapter of our own takes the place of theirs
-        sets = []
-        for n in (args.data, args.images):
-            number = torch.arange(len(problem.prompts), device=args.device).repeat_interleave(n)
-            sets.append([draw_paths(teacher, path_noise(world, args, len(number), rng), *schedule, args.eta)
-                         for teacher in problem.teachers(number)])
-            progress(f"paths of {problem.name}", len(sets), 2)
-        judged_sets = [[judged(world, args, x, len(problem.prompts)) for _, _, x in paths] for paths in sets]
-        base = (lambda number, policy=problem.policy: without_adapter(world.unet, policy(number))
-                ) if world.adapters else problem.policy
-        drawn[problem.name] = *sets, *judged_sets, look_at(world, problem, sets[1], args, base)
-    for problem in problems:
-        data, fresh, seen, fresh_seen, base = drawn[problem.name]
-        base.weights = None
-        results = {"base": base} | run_methods(world, problem, data, fresh, args, out)
-        rows += measure(problem, results, [unit for _, unit in seen], [unit for _, unit in fresh_seen])
-        images = dict(zip(problem.models, (images for images, _ in fresh_seen)))
-        draw_mixture(out / ("figure.png" if problem.name == "adapters" else "prompts.png"), args, problem, results,
-                     images, rows)
-        count, models = len(problem.prompts), len(problem.models)
-        levels = args.levels if "elbo" in args.methods else 0
-        look_up = count * args.images * (args.steps + models * (args.steps + levels))
-        calls += models * count * (args.data + args.images) * args.steps + look_up * (1 + len(args.methods))
-        calls += len(args.methods) * args.updates * args.primal_steps * args.batch * models
-    write_numbers(out / "numbers.json", args, rows, calls, time.perf_counter() - start)
-    for problem in problems:
-        for keys in (("kl", "ce"), ("dual", "share")) if "elbo" in args.methods else (("kl", "dual", "share"),):
-            print_table(rows, problem.name, [f"{key}_{model}" for key in keys for model in problem.models])
-        print_table(rows, problem.name, ["worst_kl", *["worst_ce"] * ("elbo" in args.methods), "diversity"])
-    return {r["name"]: r["estimate"] for r in rows}
-
+    started, accelerator, (rounds, _, trained, measured) = time.time(), Accelerator(cpu=args.device == "cpu"), args.size
+    model, m, rows, steps, paths = Diffusion(args, accelerator.device), len(args.prompts), [], {}, {}
+    accelerator.print("COARSE: numbers mean nothing" if rounds < 9 else "kl: of a prompt's paths from the method's, "
+                      "nats; se: over paths; exact: of posterior_mean at the same weights, or the weight as share")
+    torch.set_default_device(accelerator.device)
+    student, equal = alone(model), torch.full((m,), 1 / m, dtype=torch.float64, device="cpu")
+    predict = [lambda x, i, k=k: model.eps(x, i, k) for k in range(m)]
+    fresh = [draw_paths(args, accelerator, model, predict, k, measured, 100 * k) for k in range(m)]
+    data = [draw_paths(args, accelerator, model, predict[k : k + 1], 0, trained, 100 * k + 50) for k in trange(m)]
+    data = torch.stack([x[:-1] for x, _ in data]), torch.stack([eps[:, 0] for _, eps in data])
+    found = {f"prompt_{k}": x[-1] for k, (x, _) in enumerate(fresh)}
+    at = torch.arange(args.steps).repeat_interleave(measured).split(args.chunk)
+    @torch.no_grad()
+    def look(method, dual):
+        """Rows of the UNet as it is, its KL by step, its images."""
+        x, eps = draw_paths(args, accelerator, model, [lambda x, i: student.eps(x, i, 0)], 0, measured, 99)
+        model.unet.disable_adapters() if method in args.methods else None  # q_i are the base model's
+        eps = torch.stack([torch.stack([f(v, i) for f in predict]) for i, v in enumerate(x[:-1])])
+        model.unet.enable_adapters() if method in args.methods else None
+        share, found[method] = reference(model, x, eps, equal, 0)[0], x[-1]
+        for k, prompt in enumerate(args.prompts):
+            parts = zip(at, *(v.flatten(0, 1).split(args.chunk) for v in (fresh[k][0][:-1], fresh[k][1][:, k])))
+            kl = torch.cat([path_kl(student, *part) / args.steps for part in parts]).view(args.steps, -1)
+            own, best = reference(model, *fresh[k], dual, k)
+            kl, best, own, drawn = map(accelerator.gather, (kl.T.contiguous(), best.T.contiguous(), own[k], share[k]))
+            rows.extend((prompt, method, quantity, v.mean(), v.std() / len(v) ** 0.5, exact) for quantity, v, exact in (
+                ("kl", kl.sum(1), best.sum(1).mean()), ("share", drawn, dual[k])))
+            steps.setdefault(method, []).append(kl.mean(0).cpu())
+            if method == "base":  # at equal weights
+                rows.append((prompt, "mixture", "kl", (own / dual[k]).log().mean(), None, None))
+                steps.setdefault("posterior_mean", []).append(best.mean(0).cpu())
+    look("base", equal)
+    for name in args.methods:
+        file, path = args.out / f"{name}_{accelerator.process_index}.pt", [equal]
+        if args.resume and file.exists():  # the multipliers that train goes on with
+            path += [torch.tensor(dual, dtype=torch.float64, device="cpu")
+                     for dual, _ in loaded(file, torch.load, file, weights_only=True)["trace"]]
+        # a network that has just begun is further from some prompts than from others for no other reason
+        trace = train(args, accelerator, model, name, rounds, lambda step: cover(
+            args, accelerator, student, data, path, name == "constrained" and len(path) > rounds / 6, step))
+        paths[name] = [dual for dual, _ in trace]
+        look(name, torch.tensor(paths[name][-1 - rounds // 4 :], dtype=torch.float64, device="cpu").mean(0))
+    found = {name: accelerator.gather(x)[None, :, None] for name, x in found.items()}
+    if accelerator.is_main_process:
+        none = torch.zeros(found["base"].shape[:3])  # no reward, no weights
+        sheets = save_samples(argparse.Namespace(**vars(args) | dict(prompts=[""])), model,
+                              {name: dict(x=x, gain=none, log_w=none) for name, x in found.items()})
+        report(args, rows, started, lambda: draw(args, sheets, steps, paths))
 
 if __name__ == "__main__":
-    join_processes()
-    main(parse_args())
+    try:
+        main(args := parse_args())
+    except (Refused, torch.OutOfMemoryError) as error:  # what a user can mend, in one sentence
+        print(error if type(error) is Refused else "out of memory: take a smaller --chunk", file=sys.stderr)
+        sys.exit(2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import load, planted
 
-msdda, ali, pretrain = (load(f"dna/{name}.py") for name in ("msdda", "constrained_alignment", "pretrain"))
+msdda, ali = (load(f"dna/{name}.py") for name in ("msdda", "constrained_alignment"))
 MASK, LENGTH, STEPS, F = msdda.MASK, 4, 5, torch.float64
 WEIGHTS = (0.7, 0.8)
 EXPONENTS = [*WEIGHTS, 1 - sum(WEIGHTS)]
@@ -222,7 +222,7 @@ def test_soup_averages_weights():
 
 # ---- constrained alignment: rewards and multipliers ------------------------------------------------------------------
 
-CHAIN = pretrain.MarkovChain(torch.randint(4, (500, 30), generator=generator(3)) // torch.tensor([1, 2, 1] * 10), 2)
+CHAIN = ali.MarkovChain(torch.randint(4, (500, 30), generator=generator(3)) // torch.tensor([1, 2, 1] * 10), 2)
 
 
 def test_naturalness():

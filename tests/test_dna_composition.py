@@ -15,7 +15,6 @@ import torch
 from conftest import load, planted
 
 land, lor = load("dna/and_composition.py"), load("dna/or_composition.py")
-pretrain = load("dna/pretrain.py")
 MASK, LENGTH, F = land.MASK, 5, torch.float64
 
 
@@ -438,20 +437,6 @@ def test_quick_runs_of_the_real_world(tmp_path):
     for label in ("base", "model_hepg2", "equal", "kl", "elbo"):
         assert 230 < numbers[f"{label}.hepg2.bound_k562"] < 310
     assert sum(numbers[f"kl.hepg2.share_{cell}"] for cell in ("hepg2", "k562", "gm12878", "hesc")) == pytest.approx(1)
-
-
-def test_table_of_the_papers_format(tmp_path):
-    rng, lines = generator(5), ["seq,hepg2,k562,sknsh,chrom"]
-    for k in range(600):
-        seq = "".join("ACGT"[v] for v in torch.randint(4, (40,), generator=rng))
-        chrom = [*range(1, 23), "X"][k % 23]
-        lines.append(f"{seq},{seq.count('GATA') + 0.01 * (k % 7)},{seq.count('CA')},{k % 3},chr{chrom}")
-    (tmp_path / "dataset.csv").write_text("\n".join(lines))
-    common = ["--data", str(tmp_path / "dataset.csv"), "--quick", "--out", str(tmp_path)]
-    pretrain.main(pretrain.parse_args([*common, "--steps", "3", "--judge-steps", "3"]))
-    for module, key in ((land, "constrained_smc.data.oracle_b_k562"), (lor, "kl.data.bound_sknsh")):
-        numbers = module.main(module.parse_args([*common, "--cells", "hepg2", "k562", "sknsh"]))
-        assert all(math.isfinite(v) for v in numbers.values()) and key in numbers
 
 
 @pytest.mark.parametrize("module", [land, lor])
