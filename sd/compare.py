@@ -120,6 +120,7 @@ def rows_of(args, module, flag, value, options, units, texts):
         K, G, P = found[method]["gain"].shape
         label = dict(das="das", guidance="guidance", posterior="search").get(method)
         per_image = calls[label] / (K * G) if label in calls else P * steps
+        per_image /= 1 + (label == "search")  # which is made of the base model too
         se = lambda v: (v.var(1).mean() / v.numel()).sqrt()
         held = score.mean() - base.mean()
         rows += [(problem, method, "gain", gain.mean(), se(gain), None),
@@ -148,10 +149,11 @@ def draw(rows):
             total = value.get((p, method, "training_calls"), 0) + image * n
             axes["calls"].loglog(n, total, color=color)
             text = f"{value[p, method, 'gain']:.1f}"
-            axes["calls"].text(1.2e4, total[-1], text, fontsize=8, color=color, va="center")
+            axes["calls"].text(0.8, total[0], text, fontsize=8, color=color, va="center", ha="right")
     axes["held_out"].set_title("score of the other CLIP model, change", fontsize=9)
     axes["diversity"].set_title("diversity, share of the base model's", fontsize=9)
     axes["calls"].set_title("calls for n images; numbers: gain", fontsize=9)
+    axes["calls"].set_xlim(left=0.2)
     for quantity in ("held_out", "diversity"):
         axes[quantity].set_xlabel("gain, standard deviations", fontsize=9)
         axes[quantity].axhline(0 if quantity == "held_out" else 1, color="k", linewidth=0.5)

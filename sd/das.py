@@ -1,7 +1,7 @@
 """Sample images from p(x) exp(r(x) / kl_weight) / Z at test time: sequential Monte Carlo (SMC) with Stable Diffusion.
 Paper: Kim, Kim and Park, "Test-time Alignment of Diffusion Models without Reward Over-optimization" (DAS), ICLR 2025,
 arXiv 2501.05803. figure.png: images and rewards of its Fig. 2; compare.py measures what nobody optimised.
-Run    python sd/das.py                        miniature model, CLIP score of the prompt; 3 CPU minutes, --quick: 15 s
+Run    python sd/das.py                        miniature model, CLIP score of the prompt; 3 CPU minutes, --quick: 20 s
        python sd/das.py --reward jpeg          no gradient: SMC without guidance
        python sd/das.py --device cuda --dtype bfloat16 --paper --model stable-diffusion-v1-5/stable-diffusion-v1-5
            --reward aesthetic --clip openai/clip-vit-large-patch14 --chunk 2      24 GB; `accelerate launch`: several
@@ -16,7 +16,8 @@ Algorithm, at every step from noise to image
     3. step: draw x_{t-1} from q, the DDIM kernel p with its noise shifted by sigma times the tempered gradient
     4. smc: divide the old twist out, multiply by the new one and p / q. The last twist is the reward of the image
 Ours: the shift is capped (p / q knows: no bias) and the image drawn by weight; das_published has neither.
-What you should see (seed 0): WHAT
+What you should see (seed 0): DAS gains 1.53 (se .10), the target 1.51, importance 1.27 (.08), best of 16 1.68 (.08),
+    guidance alone .47 (.10), das_published 1.95 (.12). To try: --kl-weight 0.1, where importance cannot follow.
 """
 import argparse, csv, io, json, math, os, pathlib, runpy, sys, time
 import torch

@@ -1,7 +1,7 @@
 """Fine-tune Stable Diffusion on a differentiable reward by back-propagation through its sampler, with and without KL.
 Papers: Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards" (DRaFT), ICLR 2024, arXiv
 2309.17400; Prabhudesai et al. (AlignProp), arXiv 2310.03739. figure.png: the baseline of Fig. 2 of DAS.
-Run    python sd/draft.py                      miniature model, CLIP score of the prompt; 4 CPU minutes, --quick: 20 s
+Run    python sd/draft.py                      miniature model, CLIP score of the prompt; 5 CPU minutes, --quick: 25 s
        python sd/draft.py --resume             goes on after an interruption, to the same numbers
        python sd/draft.py --device cuda --paper --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reward aesthetic
            --clip openai/clip-vit-large-patch14 --chunk 1              24 GB; `accelerate launch`: several
@@ -16,7 +16,8 @@ Algorithm
     2. decode, reward, and differentiate kl_weight KL - E[gain] through the last `back` steps
     3. Adam on the LoRA weights                                                                       `train`
     draft_1 goes back one step, draft and draft_kl through all of them; draft_kl has the KL.
-What you should see (seed 0): WHAT
+What you should see (seed 0): draft_1 gains 3.39 (se .12) for 675 nats, draft 3.68 (.10) for 423, with colours that no
+    cat has; draft_kl 1.32 (.06) for 12.5. To try: --kl-weight 0.015 --methods draft_kl.
 """
 import argparse, csv, io, json, math, os, pathlib, runpy, sys, time
 import torch
@@ -360,10 +361,9 @@ def draw(args, found, sheets, traces):
         draw_images(axes[method], images, method)
     for method, trace in traces.items():
         axes["gain"].plot(trace, label=method)
-        axes["kl"].plot(found[method]["kl"].mean().cpu(), found[method]["gain"].mean().cpu(), "o", label=method)
+        axes["kl"].plot(*([0, found[method][key].mean().cpu()] for key in ("kl", "gain")), "o-")
     axes["gain"].set_title("gain by update, in standard deviations", fontsize=9)
-    axes["kl"].set_title("gain against the KL of the paths, nats", fontsize=9)
-    axes["kl"].set_xscale("symlog")
+    axes["kl"].set_title("gain against the KL of the paths, nats; the base model at 0", fontsize=9)
     axes["gain"].legend(fontsize=8)
     return figure
 

@@ -105,40 +105,39 @@ def dna_exact():
 
 
 def gallery():
-    """A row a figure. Minutes are of a laptop with two cores; a record that is not there yet leaves its row out."""
+    """A row a figure; a record that is not there yet leaves its row out."""
     rows = []
-
-    def tidied(figure, script, command, minutes, number, key, digits=2, official="", paper="", floor=None):
+    for figure, script, function, minutes, key, digits, floor, theirs in GALLERY:
         found = tidy(script)
         if key in found:
             truth = over_seeds(found[key], digits, "exact") if floor is None else over_seeds(found[floor], digits)
-            picture = "/results/".join(script.split("/")) + ".png"
-            rows.append([figure, f"[`{script}.py`]({script}.py) ([figure]({picture}))",
-                         f"`python {command}`", minutes, f"{number}: {over_seeds(found[key], digits)}", official, paper,
-                         truth])
-
-    for line in GALLERY:
-        tidied(*line)
-    return table(["figure", "script", "command", "minutes", "ours", "official code", "paper", "exact"], rows)
+            rows.append([figure, f"[{script}.py]({script}.py): `{function}`, {minutes} min", f"`{' '.join(key)}`",
+                         over_seeds(found[key], digits), "; ".join(filter(None, (truth, theirs)))])
+    return table(["figure", "script: function", "printed row", "ours", "exact; theirs"], rows)
 
 
-GALLERY = [  # figure, script, command, minutes of one core, what, its row, digits, official code, paper, row of the floor
-    ("DAS Fig. 1", "toy/das", "toy/das.py", "0.6", "EMD, gmm2", ("gmm2", "das", "emd"), 2, "0.98 to 1.16", "",
-     ("gmm2", "exact", "emd")),
-    ("Constrained Fig. 1", "toy/and_composition", "toy/and_composition.py", "1.2", "variance of the product",
-     ("paper", "smc", "var_x"), 3, "0.27"),
-    ("Constrained Fig. 2", "toy/or_composition", "toy/or_composition.py", "1", "weight of data set 1, elbo",
-     ("paper", "elbo", "weight_1"), 3),
-    ("Constrained Fig. 3, 4", "toy/constrained_alignment", "toy/constrained_alignment.py", "1.2", "multiplier 1, competing",
-     ("competing", "constrained", "multiplier_1")),
-    ("MSDDA", "toy/msdda", "toy/msdda.py", "1", "E[r2] at (1/2, 1/2), the paper's merge",
-     ("ring_0.5_0.5", "msdda", "mean_reward_2")),
-    ("DAV, in 2D", "toy/dav", "toy/dav.py", "1.3", "E[r] after 8 rounds", ("equal", "dav", "mean_reward_round_8")),
-    ("DAS Fig. 1, DAV Fig. 2", "toy/compare", "toy/compare.py", "6", "EMD of DAV, 8 rounds, gmm2", ("gmm2", "dav_8", "emd"),
-     2, "", "", ("gmm2", "exact_1", "emd")),
-    ("DAS Fig. 2", "sd/das", "sd/das.py", "5", "gain of DAS (target last)", ("all", "das", "gain"), 2, "", "",
-     ("all", "target", "gain")),
-    ("DAV Fig. 2 to 4", "sd/dav", "sd/dav.py", "9", "gain of DAV", ("all", "dav", "gain"), 2),
+GALLERY = [  # figure, script, function, minutes of one core, its row, digits, row of the floor, theirs
+    ("DAS 1", "toy/das", "das", "0.6", ("gmm2", "das", "emd"), 2, ("gmm2", "exact", "emd"), "code 0.98 to 1.16"),
+    ("Constrained 1", "toy/and_composition", "compose", "1.2", ("paper", "smc", "var_x"), 3, None, "stored samples 0.27"),
+    ("Constrained 2", "toy/or_composition", "fit", "1", ("paper", "elbo", "weight_1"), 3, None, ""),
+    ("Constrained 3, 4", "toy/constrained_alignment", "align", "1.2", ("competing", "constrained", "multiplier_1"), 2,
+     None, ""),
+    ("MSDDA", "toy/msdda", "msdda", "1", ("ring_0.5_0.5", "msdda", "mean_reward_2"), 2, None, ""),
+    ("DAV, in 2D", "toy/dav", "search", "1.3", ("equal", "dav", "mean_reward_round_8"), 2, None, ""),
+    ("DAS 1, DAV 2", "toy/compare", "main", "6", ("gmm2", "dav_8", "emd"), 2, ("gmm2", "exact_1", "emd"), ""),
+    ("DAS 2", "sd/das", "das", "3", ("all", "das", "gain"), 2, ("all", "target", "gain"), ""),
+    ("DAS, online", "sd/das_online", "main", "3", ("28_queries", "ucb", "best"), 2, ("28_queries", "random", "best"),
+     "the latter random"),
+    ("DAV 2 to 4", "sd/dav", "search", "8", ("all", "dav", "gain"), 2, None, ""),
+    ("DAS 2, DAV 2", "sd/compare", "measure", "25", ("rounds_7", "dav", "held_out_per_gain"), 3,
+     ("kl_weight_0.1", "das", "held_out_per_gain"), "the latter DAS"),
+    ("Constrained 3, 4", "sd/constrained_alignment", "align", "6", ("learned_1", "constrained", "gain_contrast"), 2, None,
+     "threshold 1"),
+    ("Constrained 5, 6", "sd/and_composition", "compose", "6", ("adapters", "algorithm_3", "worst_kl"), 1,
+     ("adapters", "equal_weights", "worst_kl"), "the latter equal weights"),
+    ("MSDDA", "sd/msdda", "msdda", "2.5", ("weight_0.5", "msdda", "weighted_gain"), 2, None, ""),
+    ("DAV 5", "dna/das", "das", "3", ("hepg2", "das", "held_out"), 1, ("hepg2", "pretrained", "held_out"),
+     "the latter pretrained"),
 ]
 
 TABLES = {"gallery": gallery, "dna exact": dna_exact}
