@@ -1,8 +1,8 @@
 """Align Stable Diffusion by expectation maximisation: a search finds rewarded sampling paths, an adapter learns them.
 Paper: Lee et al., "Diffusion Alignment as Variational Expectation-Maximization" (DAV), ICLR 2026, arXiv 2510.00502.
 figure.png: images (its Fig. 3), reward (Fig. 2) and ELBO (Fig. 4) by round; compare.py has the rest of Fig. 2.
-Run    python sd/dav.py                       miniature model, CLIP score of the prompt; 5 CPU minutes, --quick: 30 s
-       python sd/dav.py --methods dav_kl dav_children_2       or --resume, --rounds 3, --reward jpeg --children 4
+Run    python sd/dav.py                       miniature model, CLIP score of the prompt; 7 CPU minutes, --quick: 60 s
+       python sd/dav.py --methods dav              or --resume, --rounds 3, --reward jpeg --children 4
        python sd/dav.py --device cuda --paper --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reward aesthetic
            --clip openai/clip-vit-large-patch14 --chunk 1              24 GB; `accelerate launch`: several
 The adapter of each method is in out/sd_dav/<method>; diffusers loads it: pipe.load_lora_weights(that folder).
@@ -17,10 +17,10 @@ Algorithm, a round
     3. pull the adapter's noise at the states towards the target, in nats, plus kl KL(p, base)       `dav_update`
     4. the adapter is the next round's p. The search on the last one is `posterior`
 dav_published has the paper's M-step, -log p of one drawn child of two, but our --max-shift, --lr and --discount 1.
-What you should see (seed 0): after 6 rounds dav gains 2.58 (se .10) for a KL of 61 nats and its posterior 3.42 (.16),
-    where the search on the base model has 1.44 (.19); dav_published gains 1.37 (.09) for 125 nats. The 7th round of
-    dav makes it 2.97 for 75. It pays for gain in KL; what it costs the held-out score is measured by compare.py.
-    To try: --max-shift 1 --lr 1e-3 --rounds 9, smaller rounds: 2.54 for 64 nats, and an ELBO that begins at 5.1
+What you should see (seed 0): dav gains 2.83 (se .10) for a KL of 75 nats and its posterior 3.57 (.13), where the search
+    on the base model has 1.44 (.19); dav_kl 1.70 (.07) for 24, dav_children_2 3.36 (.11) for 124, dav_published 1.49
+    (.09) for 156. Gain is paid for in KL; what it costs the held-out score is measured by compare.py.
+    To try: --max-shift 1 --lr 1e-3 --rounds 9: smaller rounds.
 """
 import argparse, csv, io, json, math, os, pathlib, runpy, sys, time
 import torch
