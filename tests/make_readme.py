@@ -141,7 +141,7 @@ GALLERY = [  # figure, script, function, minutes of one core, its row, digits, r
 ]
 
 TABLES = {"gallery": gallery, "dna exact": dna_exact}
-PAGES = ("README.md", "toy/README.md", "sd/README.md")
+PAGES = ("README.md", "toy/README.md", "sd/README.md", "dna/README.md")
 
 
 def fill(text):
