@@ -15,9 +15,9 @@ What can be reached: `mixture` picks a prompt by weight and keeps it, log 3 nats
 the best even of those that remember their path: its KL, averaged by the weights, bounds that of any adapter.
 What you should see (seed 0): base 566, 762, 668 nats; equal_weights 112, 209, 137; constrained 145, 208, 156, no
 better: its weights (.06, .82, .12) follow what is not trained yet; posterior_mean 9, 3, 17, nearly all in the first
-of 10 steps. A first step to the mean lands nearest one prompt: 23 of 24 images are horses. The rest is training, not rank:
-with prompts cat, butterfly, fish, after 50 CPU seconds, the KLs were 215, 274, 217 with attention alone at rank 4, 193,
-245, 191 at rank 32; with LAYERS 123, 132, 113 at rank 16, 126, 140, 116 at 64; with every weight free 118, 120, 102.
+of 10 steps. A first step to the mean lands nearest one prompt: 23 of 24 images are horses. The rest is training, not
+rank: with prompts cat, butterfly, fish, after 50 CPU seconds, the KLs were 215, 274, 217 with attention alone at rank
+4, 193, 245, 191 at 32; with LAYERS 123, 132, 113 at rank 16, 126, 140, 116 at 64; with all weights free 118, 120, 102.
 """
 import argparse, copy, csv, json, math, os, pathlib, sys, time, types, peft
 import torch
