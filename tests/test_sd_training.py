@@ -5,13 +5,16 @@ and the mean of a linear reward and the KL of the paths follow from means and va
 """
 import json
 import math
+import os
 import pathlib
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import load, planted
+from conftest import SOURCE, load, planted
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from scipy.optimize import minimize
@@ -257,3 +260,17 @@ def test_bad_flags_end_with_one_sentence(script, words, says, capsys):
     with pytest.raises(SystemExit) as end:
         load(f"sd/{script}.py").parse_args(words.split())
     assert end.value.code == 2 and says in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_two_processes_keep_one_adapter(tmp_path):
+    """Each draws paths of its own, gradients are averaged: the adapters stay the same to the last bit."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29513"]
+    flags = "--quick --steps 2 --methods draft_1 --prompts cat --out".split()
+    done = subprocess.run([*command, str(SOURCE / "sd/draft.py"), *flags, str(tmp_path)], capture_output=True,
+                          text=True, env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f"draft_1_{k}.pt") for k in (0, 1))
+    assert first["trace"] != second["trace"]
+    assert all(torch.equal(first["adapter"][name], second["adapter"][name]) for name in first["adapter"])
+    assert any(value.abs().sum() > 0 for name, value in first["adapter"].items() if "lora_B" in name)
+    assert torch.load(tmp_path / "latents.pt")["draft_1"]["x"].shape[:2] == (1, 8)  # four images from each
