@@ -2,7 +2,7 @@
 Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusion Models using Constrained Learning",
 NeurIPS 2025, arXiv 2508.19104. figure.png: its Fig. 3 (`learned`: the CLIP score is the objective, saturation and
 contrast have thresholds) and Fig. 4 (`several`: all have), with the multipliers by round; equal weights beside.
-Run    python sd/constrained_alignment.py      miniature model; 6 CPU minutes, --quick: 30 s; --resume goes on
+Run    python sd/constrained_alignment.py      miniature model; 4 CPU minutes, --quick: 20 s; --resume goes on
        python sd/constrained_alignment.py --problem learned --threshold 1 0.25 0.5 2
        python sd/constrained_alignment.py --device cuda --paper --model stable-diffusion-v1-5/stable-diffusion-v1-5
            --reward aesthetic saturation contrast --clip openai/clip-vit-large-patch14 --chunk 1       24 GB
