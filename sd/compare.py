@@ -11,8 +11,8 @@ Table: gain, the reward above the base model's in its standard deviations; held_
     prompt under the other CLIP model, and per unit of gain; diversity, mean 1 - cosine of two images of a prompt there,
     as a share of the base model's; calls of the UNet on a latent, a backward pass counted as two, for the training
     and for an image afterwards.
-What you should see (seed 0): near a gain of 2.5 the other score falls by .03 (DRaFT with KL, 2.5; DAS .038 +- .014
-    at 2.8) or by .06 (DAV 2.3 and 2.8, its posterior 2.6 to 3.6; +- .01); DDPO stays below a gain of 1. A DAS image costs
+What you should see (seed 0): near a gain of 2.5 the other score falls by .03 (DRaFT with KL, 2.5; DAS .038 +- .014 at
+    2.8) or by .06 (DAV 2.3 and 2.8, its posterior 2.6 to 3.6; +- .01); DDPO stays below a gain of 1. A DAS image costs
     480 calls, one of a tuned model 10 after 17,000 (DAV) to 31,000 (DDPO), of the posterior 39: training pays after
     some 40 images.
 """
