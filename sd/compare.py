@@ -4,7 +4,7 @@ The reward is the score of one small CLIP model; the other one, trained on other
 Run    python sd/compare.py                    runs das, draft, ddpo and dav at three points each; 25 CPU minutes
        python sd/compare.py --quick            coarse, 80 seconds
 A run that stands in --out with the same flags is read and not repeated: an interrupted comparison goes on.
-Read first: RUNS, judge, measure. Skip: watch, draw.
+Read first: RUNS, other_clip, measure. Skip: watch, draw.
 Fronts: importance, guidance and DAS over kl_weight; DRaFT and DDPO over the weight of their KL; DAV and its posterior
     (the search on the tuned model) over rounds. All at the same steps and prompts.
 Table: gain, the reward above the base model's in its standard deviations; held_out, the change of the cosine with the
@@ -90,7 +90,7 @@ def point(args, module, flag, value, options):
     return out
 
 # ---- the measures ----------------------------------------------------------------------------------------------------
-def judge(args):
+def other_clip(args):
     """Function of latents (K, G, P, C, h, w) -> unit vectors (K, G, P, d) of their images; the prompts' (K, d)."""
     world = das.parse_args(["--out", str(args.out)])
     model = das.Diffusion(world, "cpu")
@@ -164,7 +164,7 @@ def draw(rows):
     return figure
 
 def main(args):
-    started, rows, (units, texts) = time.time(), [], judge(args)
+    started, rows, (units, texts) = time.time(), [], other_clip(args)
     for module, flag, values, options in RUNS:
         for value in values[-1:] if args.quick else values:
             rows += rows_of(args, module, flag, value, options, units, texts)

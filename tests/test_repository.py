@@ -17,7 +17,7 @@ from conftest import REPOSITORY, load
 
 SCRIPTS = sorted(str(p.relative_to(REPOSITORY)) for d in ("toy", "sd", "dna") for p in (REPOSITORY / d).glob("*.py"))
 
-OWN = {"main", "parse_args", "Problem", "measure", "judge", "draw", "run"}  # names that every script defines for itself
+OWN = {"main", "parse_args", "Problem", "measure", "draw", "run"}  # names that every script defines for itself
 COMPOSED = {"and_composition", "or_composition", "constrained_alignment"}
 SPINES = {  # which script holds which short algorithm, the same to the letter: in all folders, then in each
     "smc": {"das", "and_composition", "msdda", "dav"}, "systematic": {"das", "and_composition", "msdda", "dav"},
@@ -26,9 +26,9 @@ SPINES = {  # which script holds which short algorithm, the same to the letter: 
 }
 ONLINE = {"sd/das_online.py"}  # das in a loop
 BUDGETS = {"toy": 300, "sd": 400, "dna": 400, "toy/compare.py": 250, "sd/compare.py": 250, "sd/pretrain.py": 450,
-           "dna/pretrain.py": 450, "dna/prepare_data.py": 200,  # and what did not fit, with the world of sd/ of 290 lines
-           "sd/das_online.py": 412, "sd/ddpo.py": 422, "sd/constrained_alignment.py": 451, "sd/msdda.py": 467,
-           "sd/dav.py": 483, "sd/and_composition.py": 502}
+           "dna/pretrain.py": 450, "dna/prepare_data.py": 200}  # lines
+OVER = {"sd/das_online.py": 412, "sd/ddpo.py": 422, "sd/constrained_alignment.py": 451, "sd/msdda.py": 467,
+        "sd/dav.py": 483, "sd/and_composition.py": 502}  # known to be over theirs, which stands; they must not grow
 
 FIRST = {"main", "parse_args"}  # the first edition's names that every script defines for itself
 WORLD = {"make_problem", "run_methods", "measure", "draw_panels", "draw_duals", "dual_function", "primal_dual",
@@ -110,11 +110,16 @@ def test_spines_are_there(name):
         assert {s.split("/")[1][:-3] for s, text in texts.items() if text and s.startswith(each)} == SPINES[name]
 
 
-@pytest.mark.parametrize("script", SECOND)
+@pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.xfail(s in OVER, reason="over its budget",
+                                                                            strict=True)) for s in SECOND])
 def test_budgets(script):
+    assert len(source(script).splitlines()) <= BUDGETS.get(script, BUDGETS[script.split("/")[0]])
+
+
+@pytest.mark.parametrize("script", SECOND)
+def test_form(script):
     text = source(script)
-    budget = BUDGETS.get(script, BUDGETS[script.split("/")[0]])
-    assert len(text.splitlines()) <= budget and max(map(len, text.splitlines())) <= 120
+    assert len(text.splitlines()) <= OVER.get(script, 450) and max(map(len, text.splitlines())) <= 120
     assert text.isascii(), "a terminal of any encoding shows --help"
     assert "pyplot" not in text and len(ast.get_docstring(ast.parse(text)).splitlines()) >= 12
     assert {"main", "parse_args"} <= set(definitions(text))
