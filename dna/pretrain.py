@@ -1,15 +1,14 @@
 """Train what the scripts of this folder steer and measure with: masked diffusion models of DNA, and their judges.
-Papers: Sahoo et al., "Simple and Effective Masked Diffusion Language Models" (MDLM), NeurIPS 2024, arXiv 2406.07524;
-Wang et al. (DRAKES), ICLR 2025, arXiv 2410.13643, for the experiment of Fig. 5 of DAV.
+Papers: Sahoo et al. (MDLM), NeurIPS 2024, arXiv 2406.07524; Wang et al. (DRAKES), ICLR 2025, arXiv 2410.13643.
 figure.png: what MDLM's bound and the judges are worth, and what no paper has: the price of independent letters, exact.
-Run    python dna/pretrain.py                          measures the networks that ship (--checkpoints); 50 CPU seconds
-       python dna/pretrain.py --train                  trains new ones, into out/dna_pretrain; about 50 CPU minutes
+Run    python dna/pretrain.py                          measures the networks that ship (--checkpoints); 70 CPU seconds
+       python dna/pretrain.py --train                  trains new ones, into out/dna_pretrain; about an hour
        python dna/pretrain.py --train --quick          20 seconds; --resume: goes on after an interruption
        python dna/pretrain.py --train --problem data   your own table, which prepare_data.py --data put into --out;
            then das.py and the others with --problem data --checkpoints out/dna_pretrain
 Read first: hidden_loss, jump_distributions. Skip: MarkovChain, fit, the networks, *_rows, draw. The sampler: das.py.
-Problems: mpsa, 9-mers at 5' splice sites, 30,483 measured of the 32,768 NNNGYNNNN, the rest by rule; hepg2, 47,872
-    human elements of 200 letters with the cell type in which they are accessible (prepare_data.py tells more)
+Problems (prepare_data.py tells more): mpsa, 9-mers at 5' splice sites, 30,483 measured of the 32,768 NNNGYNNNN, the
+    rest by rule; hepg2, 47,872 human elements of 200 letters with the cell type in which they are accessible
 Notation (here -> MDLM)
     x -> x, z_t            letters 0 to 3 for A C G T, or MASK; at time t a letter is masked with probability t
     log_p -> log x_theta   log probabilities of the four letters at masked places; all others keep theirs
@@ -17,17 +16,18 @@ Notation (here -> MDLM)
 Algorithm
     1. hide a number of letters that is uniform on 1 to L, at random places                      hide
     2. their cross entropy times L / number hidden: its mean is the bound                         hidden_loss
-    3. Adam; the moving average of the weights is kept                                            fit
+    3. Adam; the moving average of the weights is kept; the models of cell types go on from the base model        fit
     4. judges: oracle A (odd chromosomes) is the reward, oracle B (even ones, X) measures; chromosomes 1 and 2 are held
        out from all training; accessibility: open in HepG2 or not, among Markov sequences         judge_loss
     5. T sampling steps set every letter at a uniform one of T times; letters of one step are independent given those
        before. Sum over all ordered partitions of the places into steps: the exact distribution   jump_distributions
-What you should see (shipped networks): T steps are 0.34 / T of total variation away from infinitely many, 0.011 at 32;
-    with one step log Z is 0.16 too low. mpsa: the network's bound is 10.09 +- 0.01, the entropy 10.05. hepg2, nats a
-    letter on chromosome 1: 1.320 +- 0.001, Markov chains of order 0, 3, 5: 1.385, 1.334, 1.328. AUC of oracles A and B
-    for HepG2's elements 0.937 and 0.936 (they correlate by 0.904), of accessibility 0.925.
+What you should see (shipped networks): T steps are 0.34 / T of total variation away from infinitely many, 0.011 at 32.
+    mpsa: the network's bound is 10.09 +- 0.01, the entropy 10.05. hepg2, nats a letter on chromosome 1: 1.320 +- 0.001,
+    Markov chains of order 0, 3, 5: 1.385, 1.334, 1.328; the models of HepG2 and K562 are 2.1 and 1.8 +- 0.2 nats of a
+    sequence from each other; AUC of oracles A and B 0.937 and 0.936 (they correlate by 0.904), of accessibility 0.925.
 """
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -102,7 +102,7 @@ def read_elements(path):
 def chromosome_parts(chrom):
     """chrom (N,), 1 to 24 -> rows (N,) of each part; the oracles share out what the denoiser is trained on."""
     odd = (chrom % 2 == 1) & (chrom < 23)
-    return dict(test=chrom == 1, validation=chrom == 2, oracle_a=(chrom > 2) & odd, oracle_b=(chrom > 2) & ~odd)
+    return dict(test=chrom == 1, oracle_a=(chrom > 2) & odd, oracle_b=(chrom > 2) & ~odd)
 
 def kmer_counts(x, k):
     """How often each of the 4^k words stands in x (N, L) -> (4^k,) float64; in chunks, or a large table is 20 GB."""
@@ -199,7 +199,7 @@ def fit(args, name, net, loss, updates, length):
         optimizer.load_state_dict(saved["optimizer"])
     for step in trange(first, updates, desc=name):
         torch.manual_seed(args.seed + 10**6 * (1 + step))  # the same after --resume
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 200, (updates - step) / (0.25 * updates))
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / min(200, updates / 6), (updates - step) / (0.25 * updates))
         with torch.autocast(args.device, torch.bfloat16, enabled=length > 9 and (args.device == "cuda" or FAST_BF16)):
             value = loss(net)
         optimizer.zero_grad()
@@ -370,7 +370,7 @@ def denoiser_loss(net, x):
 def element_rows(args, name, width, dilations, updates, batch, judge_updates, count):
     """Train and measure the networks of hepg2 or of a table -> rows, what the figure shows."""
     folder = args.out if args.train else args.checkpoints
-    data, rows = read_elements(HERE / "elements.npz" if name == "hepg2" else folder / "elements.npz"), []
+    data = read_elements(HERE / "elements.npz" if name == "hepg2" else folder / "elements.npz")
     parts, held = chromosome_parts(data.chrom), data.chrom < 3
     train, length = data.codes[~held], data.codes.shape[1]
     some = lambda x, n: x[:: max(1, len(x) // n)]  # about n rows of x, in equal steps
@@ -385,19 +385,30 @@ def element_rows(args, name, width, dilations, updates, batch, judge_updates, co
     base = fit(args, f"{name}_base", base, lambda net: denoiser_loss(net, draw()), updates, length)
     for k, job in jobs.items():
         judges[k] = fit(args, f"{name}_{k}", judges[k], lambda net: judge_loss(net, *job), judge_updates, length)
+    nets, cells = dict(base=base), (data.targets >= data.targets.double().quantile(0.9, 0)) & (data.targets > 0)
+    for k, cell in enumerate(data.names):  # the base model goes on with the elements of one cell type
+        own = train[cells[~held, k]]
+        draw = lambda: either_strand(own[torch.randint(len(own), (batch,))].long())
+        net = copy.deepcopy(base).requires_grad_(True)
+        nets[cell] = fit(args, f"{name}_cell_{cell}", net, lambda net: denoiser_loss(net, draw()), judge_updates, length)
     torch.manual_seed(args.seed)
     chains = {order: MarkovChain(some(train, 20 * count), order) for order in (0, 3, 5)}
-    for part in ("validation", "test"):
-        x = some(data.codes[parts[part]], count)
-        bound = masked_bound(base, x, 4) / length
-        rows.append(mean_row(name, "base", f"bound_{part}", bound.mean(1)))
-        rows += [mean_row(name, f"markov_{order}", f"bound_{part}", chain.bound(x) / length)
-                 for order, chain in chains.items()]
+    x = some(data.codes[parts["test"]], count)
+    bound = masked_bound(base, x, 4) / length
+    rows = [mean_row(name, "base", "bound", bound.mean(1))]
+    rows += [mean_row(name, f"markov_{order}", "bound", chain.bound(x) / length) for order, chain in chains.items()]
+    for k, cell in enumerate(data.names):  # KL from each other model, estimated on elements of chromosome 1
+        x, bound_of = some(data.codes[parts["test"] & cells[:, k]], count // 8), {}
+        for other, net in nets.items():
+            torch.manual_seed(args.seed)  # the same letters are hidden
+            bound_of[other] = masked_bound(net, x, 4).mean(1)
+        rows += [mean_row(name, f"cell_{cell}", f"nats_from_{other}", bound_of[other] - bound_of[cell])
+                 for other in nets if other != cell]
     x, active = some(data.codes[held], 5 * count), some(data.active[held], 5 * count)
     score = {k: torch.cat([net.score(F.one_hot(part.long(), 4).float()) for part in x.split(256)])
              for k, net in judges.items()}
-    both = torch.stack([score["oracle_a"], score["oracle_b"]])
-    rows.append((name, "oracles", "correlation", torch.corrcoef(both)[0, 1], None, None))
+    correlation = torch.corrcoef(torch.stack([score["oracle_a"], score["oracle_b"]]))[0, 1]
+    rows.append((name, "oracles", "correlation", correlation, None, None))
     rows += [(name, k, "auc", auc(v, active), None, None) for k, v in score.items()]
     return rows, bound.mean(0)
 
@@ -414,7 +425,7 @@ def draw(args, rows, shown):
         else:
             ax.plot([0.125, 0.375, 0.625, 0.875], shown[name].cpu(), "o-", color="#0072B2", label="denoiser")
             for order, style in ((0, ":"), (3, "--"), (5, "-.")):
-                level = number[name, f"markov_{order}", "bound_test"]
+                level = number[name, f"markov_{order}", "bound"]
                 ax.axhline(level, color="k", linestyle=style, label=f"Markov, order {order}")
             ax.set(xlabel="share of letters hidden")
         ax.set_title(f"{name}: {key}{', nats a letter' * (key == 'bound')}", fontsize=9)

@@ -41,10 +41,9 @@ def table(header, lines):
 
 
 def tidy(script):
-    """{(problem, method, quantity): [row of each recorded seed]} of a script of toy/ or sd/."""
-    folder, name = script.split("/")
-    found = {}
-    for path in sorted((REPOSITORY / folder / "results").glob(f"{name}_seed*.json")):
+    """{(problem, method, quantity): [row of each recorded seed]} of a script, or of two: toy/ddpo+toy/draft."""
+    found, places = {}, (word.split("/") for word in script.split("+"))
+    for path in (p for folder, name in places for p in sorted((REPOSITORY / folder / "results").glob(f"{name}_seed*"))):
         for r in json.loads(path.read_text())["rows"]:
             found.setdefault((r["problem"], r["method"], r["quantity"]), []).append(r)
     return found

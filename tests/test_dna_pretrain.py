@@ -140,7 +140,7 @@ def test_shipped_data():
     assert np.corrcoef(sites["rewards"][:, both])[0, 1] == pytest.approx(0.795, abs=5e-4)
     assert data.codes.shape == (47872, 200) and data.targets.sum(0).tolist() == [11968.0] * 4 and data.top.sum() == 1421
     parts = {name: int(rows.sum()) for name, rows in pretrain.chromosome_parts(data.chrom).items()}
-    assert parts == dict(test=4565, validation=4053, oracle_a=18582, oracle_b=20672)
+    assert parts == dict(test=4565, oracle_a=18582, oracle_b=20672)
 
 
 # ---- the bound, chains, few steps ------------------------------------------------------------------------------------
