@@ -25,15 +25,7 @@ What you should see (seed 0): mpsa, E[r] 1.49 +- 0.01 for das, exact 1.52, publi
     oracle B -2.0 (base), 0.4 (importance), 3.4 (guidance), 4.5 (bootstrap), 7.2 (das), 7.5 (published), and oracle A
     1.1 to 2.0 more for the last four. log_z of hepg2 is that of the luckiest of 40 groups. To try: --kl-weight 0.0625.
 """
-import argparse
-import itertools
-import json
-import math
-import os
-import pathlib
-import runpy
-import sys
-import time
+import argparse, itertools, json, math, os, pathlib, runpy, sys, time
 import numpy as np
 import safetensors
 import torch
@@ -113,13 +105,13 @@ class World:
                 letters = F.one_hot(torch.cartesian_prod(*[torch.arange(4)] * 9), 4).float()
                 self.r = torch.cat([self.reward(part).detach() for part in letters.split(2**14)]).double()
 
-    def exact(self, kl_weight):
-        """log Z, E[r] and held-out E[r] of p exp(r / kl_weight), by enumeration; nothing where there is none."""
-        if self.p is None:
-            return {}
-        joint = self.p.log() + self.r / kl_weight
-        w = joint.softmax(0)
-        return dict(log_z=joint.logsumexp(0), reward=w @ self.r, held_out=w @ self.held_r)
+def exact_values(world, kl_weight):
+    """log Z, E[r] and held-out E[r] of p exp(r / kl_weight), by enumeration; nothing where there is none."""
+    if world.p is None:
+        return {}
+    joint = world.p.log() + world.r / kl_weight
+    w = joint.softmax(0)
+    return dict(log_z=joint.logsumexp(0), reward=w @ world.r, held_out=w @ world.held_r)
 
 def own_reward(source):
     """my.py:function as a reward; what it returns is checked at every call."""
@@ -314,18 +306,10 @@ def load_network(path, kind):
 
 # ---- files, figure, main ---------------------------------------------------------------------------------------------
 def save_sequences(args, found):
-    """found {(problem, method): x (G, P, L), reward, held_out and log_w (G, P)} -> sequences.npz, all particles in
-    arrays problem/method/x ...; sequences.csv, one sequence a group, drawn by weight."""
+    """found {(problem, method): x (G, P, L), reward, held_out and log_w (G, P)} -> sequences.npz, of all particles."""
     arrays = {"/".join((*names, key)): (v.byte() if key == "x" else v).cpu().numpy()
               for names, f in found.items() for key, v in f.items()}
     np.savez_compressed(args.out / "sequences.npz", **arrays)
-    lines = ["problem,method,reward,held_out,weight,sequence"]
-    for names, f in found.items():
-        w = f["log_w"].softmax(1)
-        pick = (torch.arange(len(w)), w.multinomial(1)[:, 0])
-        for *values, x in zip(*(v[pick].tolist() for v in (f["reward"], f["held_out"], w, f["x"]))):
-            lines.append(",".join([*names, *map(str, values), "".join("ACGT"[k] for k in x)]))
-    (args.out / "sequences.csv").write_text("\n".join(lines) + "\n")
 
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
@@ -344,7 +328,7 @@ def report(args, rows, started, draw):
 def measure(world, problem, method, out, args):
     """Rows of a method's particles: means over groups of their weighted means, beside the exact values of mpsa."""
     kl_weight, w = args.kl_weight or world.kl_weight, out["log_w"].softmax(1)
-    exact = world.exact(kl_weight if method != "pretrained" else math.inf)
+    exact = exact_values(world, kl_weight if method != "pretrained" else math.inf)
     values = {key: (w * out[key]).sum(1) for key in ("reward", "held_out")}  # (G,)
     rows = [(key, v.mean(), v.std() / len(v) ** 0.5, exact.get(key)) for key, v in values.items()]
     if method in ("importance", "bootstrap", "das"):

@@ -21,17 +21,7 @@ elements.npz: the problems hepg2 and data
     active    (N,) bool           HepG2's own elements, or the highest tenth of its activity
     top       (N,) bool           those open in the fewest other samples, or the highest thousandth
 """
-import argparse
-import csv
-import gzip
-import hashlib
-import io
-import math
-import pathlib
-import subprocess
-import sys
-import tempfile
-import zipfile
+import argparse, csv, gzip, hashlib, io, math, pathlib, subprocess, sys, tempfile, zipfile
 import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent

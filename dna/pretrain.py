@@ -26,16 +26,7 @@ What you should see (shipped networks): T steps are 0.34 / T of total variation 
     Markov chains of order 0, 3, 5: 1.385, 1.334, 1.328; the models of HepG2 and K562 are 2.1 and 1.8 +- 0.2 nats of a
     sequence from each other; AUC of oracles A and B 0.937 and 0.936 (they correlate by 0.904), of accessibility 0.925.
 """
-import argparse
-import copy
-import itertools
-import json
-import math
-import os
-import pathlib
-import sys
-import time
-import types
+import argparse, copy, itertools, json, math, os, pathlib, sys, time, types
 import numpy as np
 import safetensors.torch
 import torch
@@ -199,7 +190,8 @@ def fit(args, name, net, loss, updates, length):
         optimizer.load_state_dict(saved["optimizer"])
     for step in trange(first, updates, desc=name):
         torch.manual_seed(args.seed + 10**6 * (1 + step))  # the same after --resume
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / min(200, updates / 6), (updates - step) / (0.25 * updates))
+        warm, cold = (step + 1) / min(200, updates / 6), (updates - step) / (0.25 * updates)
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, warm, cold)
         with torch.autocast(args.device, torch.bfloat16, enabled=length > 9 and (args.device == "cuda" or FAST_BF16)):
             value = loss(net)
         optimizer.zero_grad()
@@ -390,7 +382,8 @@ def element_rows(args, name, width, dilations, updates, batch, judge_updates, co
         own = train[cells[~held, k]]
         draw = lambda: either_strand(own[torch.randint(len(own), (batch,))].long())
         net = copy.deepcopy(base).requires_grad_(True)
-        nets[cell] = fit(args, f"{name}_cell_{cell}", net, lambda net: denoiser_loss(net, draw()), judge_updates, length)
+        loss = lambda net: denoiser_loss(net, draw())
+        nets[cell] = fit(args, f"{name}_cell_{cell}", net, loss, judge_updates, length)
     torch.manual_seed(args.seed)
     chains = {order: MarkovChain(some(train, 20 * count), order) for order in (0, 3, 5)}
     x = some(data.codes[parts["test"]], count)

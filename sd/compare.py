@@ -16,11 +16,7 @@ What you should see (seed 0): near a gain of 2.5 the other score falls by .03 (D
     480 calls, one of a tuned model 10 after 17,000 (DAV) to 31,000 (DDPO), of the posterior 39: training pays after
     some 40 images.
 """
-import argparse
-import json
-import os
-import pathlib
-import time
+import argparse, json, os, pathlib, time
 import torch
 if __name__ == "__main__": os.environ |= dict(MPLBACKEND="agg", TRANSFORMERS_VERBOSITY="error")
 import das

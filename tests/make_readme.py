@@ -11,30 +11,6 @@ import statistics
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
-def records(script):
-    """Rows by name of each recorded seed of a script such as toy/das."""
-    folder, name = script.split("/")
-    paths = sorted((REPOSITORY / folder / "results").glob(f"{name}_seed*.json"))
-    return [{r["name"]: r for r in json.loads(path.read_text())["rows"]} for path in paths]
-
-
-def spread(runs, name, digits=3):
-    """mean ± standard deviation over the recorded seeds, as text; empty where the row is missing."""
-    values = [run[name]["estimate"] for run in runs if name in run]
-    if not values:
-        return ""
-    if isinstance(values[0], int):
-        return f"{values[0]:,}"
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f} (one seed)"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
-def exact(runs, name, digits=3):
-    value = next(run[name]["exact"] for run in runs if name in run)
-    return f"{value:.{digits}f}"
-
-
 def table(header, lines):
     lines = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -74,35 +50,6 @@ def tidy_table(script, problems, methods, quantities, digits="3", exact="", **_)
     return table(["problem", "method", *head], lines)
 
 
-def dna_exact():
-    """The enumerated world: one number of every script beside the exact one."""
-    lines = []
-
-    def add(script, label, name, digits=3, truth=None):
-        runs = records(f"dna/{script}_mpsa")
-        if runs:
-            lines.append([f"`{script}.py`", label, spread(runs, name, digits),
-                          exact(runs, name, digits) if truth is None else truth(runs)])
-
-    def other(name, digits=3):
-        return lambda runs: f"{runs[0][name]['estimate']:.{digits}f}"
-
-    add("dav", "E[r] of the model after three rounds", "dav.mpsa.mean_reward")
-    add("dav", "ELBO of the third E-step", "dav_round_2.mpsa.elbo")
-    add("dav", "E[r] with KL, after three rounds", "dav_kl.mpsa.mean_reward")
-    add("draft", "objective E[r] / α − KL, with KL", "draft_kl.mpsa.objective")
-    add("ddpo", "objective E[r] / α − KL, with KL", "ddpo_kl.mpsa.objective")
-    add("and_composition", "multiplier 1, letters alone (the paper's Algorithm 3)", "constrained.mpsa.dual_1")
-    add("and_composition", "multiplier 1, weighted paths", "constrained_smc.mpsa.dual_1")
-    add("or_composition", "weight 1 of the mixture, KL", "kl.mpsa.dual_1", 4)
-    add("or_composition", "weight 1 of the mixture, cross entropy", "elbo.mpsa.dual_1", 4)
-    add("constrained_alignment", "multiplier 1, exact law", "dual_only.mpsa.dual_1")
-    add("constrained_alignment", "multiplier 1, network", "constrained.mpsa.dual_1")
-    add("msdda", "E[r1] at (1/2, 1/2), merged letters", "msdda.mpsa.reward_1_w50_50")
-    add("msdda", "the same, with C_t as weight", "msdda_smc.mpsa.reward_1_w50_50")
-    return table(["script", "quantity", "ours", "exact"], lines)
-
-
 def gallery():
     """A row a figure; a record that is not there yet leaves its row out."""
     rows = []
@@ -135,23 +82,28 @@ GALLERY = [  # figure, script, function, minutes of one core, its row, digits, r
     ("Constrained 5, 6", "sd/and_composition", "compose", "6", ("adapters", "algorithm_3", "worst_kl"), 1,
      ("adapters", "equal_weights", "worst_kl"), "the latter equal weights"),
     ("MSDDA", "sd/msdda", "msdda", "2.5", ("weight_0.5", "msdda", "weighted_gain"), 2, None, ""),
-    ("DAV 5", "dna/das", "das", "2", ("hepg2", "das", "held_out"), 1, ("hepg2", "pretrained", "held_out"),
-     "the latter pretrained"),
+    ("DAS, on DNA", "dna/das", "das", "3", ("mpsa", "das", "log_z"), 2, None, ""),
+    ("DAV 5", "dna/dav", "search", "6", ("hepg2", "dav", "held_out"), 1, ("hepg2", "base", "held_out"),
+     "the latter base"),
+    ("DAV 5", "dna/compare", "measure", "MINUTES", ("rounds_4", "dav", "edits"), 0, ("reference", "real_top", "edits"),
+     "the latter real"),
+    ("Constrained 3", "dna/constrained_alignment", "align", "5", ("mpsa", "constrained", "multiplier_gc"), 1, None, ""),
+    ("Constrained 5, 6", "dna/and_composition", "compose", "5", ("mpsa", "smc", "dual_included"), 3, None, ""),
+    ("MSDDA", "dna/msdda", "msdda", "4", ("mpsa_0.5_0.5", "msdda", "kl"), 3, None, ""),
 ]
 
-TABLES = {"gallery": gallery, "dna exact": dna_exact}
 PAGES = ("README.md", "toy/README.md", "sd/README.md", "dna/README.md")
 
 
 def fill(text):
-    """A page with its tables made anew. A marker names a function of TABLES, or a script and what to show of it:
+    """A page with its tables made anew. A marker names the gallery, or a script and what to show of it:
     <!-- table toy/das problems=gmm,gmm2 methods=das,exact quantities=emd digits=3 exact=1 -->"""
     def replaced(m):
         words = m[1].split()
         if "/" in words[0]:
             body = tidy_table(words[0], **dict(w.split("=") for w in words[1:]))
         else:
-            body = TABLES[m[1]]()
+            body = gallery()
         return f"<!-- table {m[1]} -->\n{body}\n<!-- end -->"
 
     return re.sub(r"<!-- table (.*?) -->\n.*?<!-- end -->", replaced, text, flags=re.DOTALL)

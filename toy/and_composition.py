@@ -16,12 +16,7 @@ What you should see (seed 0): on paper, equal weights have a worst KL of 17.8 na
     10.2. On pair algorithm_3 stays at (1/2, 1/2), mean_x .58 for .90; the others find (.22, .78), KL 3.69 for 3.64. On
     ring_0_1_4 the model between is left out: (.50, .00, .50), worst KL 60.1 to 60.4 for 86.5. Try --positions 0 4 8.
 """
-import argparse
-import json
-import math
-import os
-import pathlib
-import time
+import argparse, json, math, os, pathlib, time
 from types import SimpleNamespace
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here

@@ -18,10 +18,7 @@ What you should see (gmm2, seed 0): das, importance and ddpo_kl stay on the fron
     dav lose up to .06, guidance .12 where both modes count. ddpo and draft without KL leave it on their way (.86, .76);
     they come back when the tilt is narrow too. The published code's E[r] rises from -1.43 to -0.94 with particles.
 """
-import argparse
-import math
-import pathlib
-import time
+import argparse, math, pathlib, time
 
 import das
 import dav

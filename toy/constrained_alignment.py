@@ -18,13 +18,7 @@ Why it is larger: a step draws a Gaussian, the exact tilt of a step is none. Wit
 bump's multiplier is 3.67, 3.29, 3.00 at 10, 20, 40 steps: discretisation, not the network or the dual step.
 With --score exact the KL is from the pretrained model's closed form: still .52, so its network is not the reason.
 """
-import argparse
-import copy
-import json
-import math
-import os
-import pathlib
-import time
+import argparse, copy, json, math, os, pathlib, time
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
 from matplotlib.figure import Figure

@@ -21,13 +21,7 @@ What you should see (seed 0; equal, unequal): round 8 of dav has E[r] 3.79, 3.49
     .88 (.96, .90); dav_kl ends at 3.24, 2.67 (3.23, 2.72); dav_published_m_step lags: 3.58, 3.14; the ELBO of
     dav_local falls below 0, modes are off by .03, .22 (dav: .02, .05). To try: --kl 1, --children 16, --problem coarse.
 """
-import argparse
-import copy
-import json
-import math
-import os
-import pathlib
-import time
+import argparse, copy, json, math, os, pathlib, time
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
 from matplotlib.figure import Figure

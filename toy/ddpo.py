@@ -21,13 +21,7 @@ What you should see (seed 0): with KL the objective falls from 11.0 to 1.49 on g
 from 9.2 to 3.09 on gmm2 (3.08, 2.97); the modes have their shares within .04 and .10 in L1. Without KL all samples end
 in one spot: E[r] is above the target's, -0.004 for -0.29 and -1.34, at objectives of 13 and 39 (lowest: 2.7, 4.5).
 """
-import argparse
-import copy
-import json
-import math
-import os
-import pathlib
-import time
+import argparse, copy, json, math, os, pathlib, time
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
 from matplotlib.figure import Figure

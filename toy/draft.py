@@ -23,13 +23,7 @@ in a spot or two: E[r] is above the target's, -0.01 for -0.29 and -1.34, at obje
 likewise, at 0.37 of the calls. To try: METHODS with draft_1=dict(last=1). With KL the gradient of the last step is too
 little: which mode a path ends in is decided before. The objective on gmm2 stays at 7.1.
 """
-import argparse
-import copy
-import json
-import math
-import os
-import pathlib
-import time
+import argparse, copy, json, math, os, pathlib, time
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
 from matplotlib.figure import Figure

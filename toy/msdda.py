@@ -16,13 +16,7 @@ What you should see (seed 0): on Gaussian data msdda is exact to rounding, blend
     p exp(r / kl_weight) by 1.1 nats. On the ring E[r1], E[r2] at (1/2, 1/2) are -3.82, -3.02; the sliced W2 of msdda
     (-3.66, -3.67) is 0.28, of soup 0.44 (seeds: 0.38 to 0.66), of msdda_ct (-3.82, -3.02) 0.03. To try: --kl-weight 1.
 """
-import argparse
-import copy
-import json
-import math
-import os
-import pathlib
-import time
+import argparse, copy, json, math, os, pathlib, time
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
 from matplotlib.figure import Figure

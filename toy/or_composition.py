@@ -21,12 +21,7 @@ What you should see (seed 0): weight of data set 1 for kl and elbo .492 (exact .
 Modes have variance .027 for .025; the published notebook stores only samples of its constrained run: .07 to .10.
 On paper the weights of elbo have a largest KL of log 3, more than the log 2 of equal weights: say which objective.
 """
-import argparse
-import json
-import math
-import pathlib
-import tempfile
-import time
+import argparse, json, math, pathlib, tempfile, time
 
 import torch
 from matplotlib.figure import Figure
