@@ -79,9 +79,9 @@ def watch(module, counts):
                 inside[-1][1] += len(x) * (3 if out.requires_grad else 1)
             return out
         kind.forward = counted
-    for name in {"das", "search", "train", "sample_paths"} & set(vars(module)):
+    for name in {"das", "search", "train", "sample_paths", "sampled"} & set(vars(module)):
         def named(*args, name=name, function=getattr(module, name), **options):
-            if inside and name != "sample_paths":  # samples that a training draws to be measured are not its cost
+            if inside and name != "sampled":  # what a training draws to be measured is not its cost
                 return function(*args, **options)
             inside.append([name, 0, -time.process_time()])
             counts.append(inside[-1])
@@ -151,7 +151,8 @@ def rows_of(args, module, flags, options, nets, top_words, base):
     (out, counts), rows = point(args, module, f"{flags} {options}"), []
     arrays, (word, value) = np.load(out / "sequences.npz"), flags.strip("-").replace("-", "_").split()
     methods = [*dict.fromkeys(name.split("/")[1] for name in arrays)]
-    spent = {name: [c[1:] for c in counts if c[0] == name] for name in ("das", "train", "search", "sample_paths")}
+    kinds = ("das", "train", "search", "sample_paths", "sampled")
+    spent = {name: [c[1:] for c in counts if c[0] == name] for name in kinds}
     trained = dict(zip([m for m in options.split() if m in COLORS], spent["train"]))
     for method in methods:
         name, _, k = method.partition("_round_")
@@ -162,7 +163,7 @@ def rows_of(args, module, flags, options, nets, top_words, base):
         found = measure(x[torch.arange(len(x)), log_w.softmax(1).multinomial(1)[:, 0]].long(), nets, top_words)
         found["a_minus_b_per_gain"] = (found["a_minus_b"][0] / (found["activity"][0] - base), None)
         once = spent["das"][methods.index(name)] if module is das else spent["search"][-1] if name == "posterior" else [
-            v / 2 for v in spent["sample_paths"][-1]]  # where the base model is asked too, for the KL
+            v / 2 for v in (spent["sampled"] or spent["sample_paths"])[-1]]  # the base model is asked too, for the KL
         found |= dict(sequence_calls=(once[0] / len(x), None), sequence_seconds=(once[1] / len(x), None))
         calls, seconds = trained.get(dict(posterior="dav").get(name, name), (None, None))
         if calls:

@@ -404,6 +404,7 @@ def draw(rows, problems, shown):
             ax.plot(x, y, "k*")
             ax.annotate(alone, (x, y), (5, 5), textcoords="offset points", fontsize=9)
         ax.set(title=name, xlabel=shown[name][0], ylabel=shown[name][1], xmargin=0.2, ymargin=0.1)
+        ax.locator_params(nbins=6)
         ax.legend(fontsize=8)
     return figure
 

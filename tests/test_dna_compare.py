@@ -48,7 +48,8 @@ def test_watch_counts_rows_and_a_backward_pass_as_two():
     module = types.SimpleNamespace(MaskedDenoiser=das.MaskedDenoiser, Oracle=das.Oracle)
     net, counts, x = das.MaskedDenoiser(4, 3, [1]), [], torch.zeros(6, 9, dtype=torch.long)
     module.sample_paths = lambda: net.requires_grad_(False)(x)
-    module.train = lambda: (net.requires_grad_(True)(x), module.sample_paths())
+    module.sampled = lambda: module.sample_paths()
+    module.train = lambda: (net.requires_grad_(True)(x), module.sample_paths(), module.sampled())
     forward = das.MaskedDenoiser.forward
     stop = compare.watch(module, counts)
     module.train()
@@ -56,7 +57,7 @@ def test_watch_counts_rows_and_a_backward_pass_as_two():
     module.sample_paths()
     stop()
     assert das.MaskedDenoiser.forward is forward
-    assert [c[:2] for c in counts] == [["train", 18], ["sample_paths", 6], ["sample_paths", 6]]
+    assert [c[:2] for c in counts] == [["train", 24], ["sampled", 6], ["sample_paths", 6]]
 
 
 def test_a_run_that_stands_there_is_not_repeated(tmp_path):
