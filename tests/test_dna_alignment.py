@@ -11,8 +11,7 @@ import pytest
 import torch
 from conftest import load, planted
 
-ali, mix, toy, das = (load(f) for f in ("dna/constrained_alignment.py", "dna/or_composition.py",
-                                        "toy/constrained_alignment.py", "dna/das.py"))
+ali, mix, das = (load(f"dna/{name}.py") for name in ("constrained_alignment", "or_composition", "das"))
 LENGTH, F64 = 3, torch.float64
 X = torch.cartesian_prod(*[torch.arange(4)] * LENGTH)
 
@@ -21,14 +20,6 @@ def product(seed):
     torch.manual_seed(seed)
     log_p = torch.randn(LENGTH, 4, dtype=F64).log_softmax(1)
     return log_p[torch.arange(LENGTH), X].sum(1).exp(), log_p
-
-def test_shared_functions_have_one_text():
-    for module in (ali, mix):
-        assert inspect.getsource(module.dual_step) == inspect.getsource(toy.dual_step)
-        for name in ("World", "unmask", "save_sequences", "report", "checked", "common_flags", "Oracle"):
-            assert inspect.getsource(getattr(module, name)) == inspect.getsource(getattr(das, name))
-    for name in ("train", "tuned"):
-        assert inspect.getsource(getattr(ali, name)) == inspect.getsource(getattr(mix, name))
 
 # ---- constrained alignment -------------------------------------------------------------------------------------------
 
