@@ -82,14 +82,12 @@ GALLERY = [  # figure, script, function, minutes of one core, its row, digits, r
     ("Constrained 5, 6", "sd/and_composition", "compose", "6", ("adapters", "algorithm_3", "worst_kl"), 1,
      ("adapters", "equal_weights", "worst_kl"), "the latter equal weights"),
     ("MSDDA", "sd/msdda", "msdda", "2.5", ("weight_0.5", "msdda", "weighted_gain"), 2, None, ""),
-    ("DAS, on DNA", "dna/das", "das", "3", ("mpsa", "das", "log_z"), 2, None, ""),
     ("DAV 5", "dna/dav", "search", "6", ("hepg2", "dav", "held_out"), 1, ("hepg2", "base", "held_out"),
      "the latter base"),
     ("DAV 5", "dna/compare", "measure", "MINUTES", ("rounds_4", "dav", "edits"), 0, ("reference", "real_top", "edits"),
      "the latter real"),
     ("Constrained 3", "dna/constrained_alignment", "align", "5", ("mpsa", "constrained", "multiplier_gc"), 1, None, ""),
     ("Constrained 5, 6", "dna/and_composition", "compose", "5", ("mpsa", "smc", "dual_included"), 3, None, ""),
-    ("MSDDA", "dna/msdda", "msdda", "4", ("mpsa_0.5_0.5", "msdda", "kl"), 3, None, ""),
 ]
 
 PAGES = ("README.md", "toy/README.md", "sd/README.md", "dna/README.md")
