@@ -13,9 +13,9 @@ Algorithm, at every update
 For mpsa the base is the trained network, as the exact denoiser has no gradient in the states: its log Z is .98 +- .03.
 drakes_published: states are mixtures of tokens, temperature 1, 50 / 128 of the steps, weight .001 for 128 steps, and
     DRAKES' KL, which is zero at one-hot states (`published_gap`). Steps, updates and learning rate are ours.
-What you should see (seed 0): hepg2, oracle A / B from -2.2 / -2.0 to 8.0 / 3.7 for draft, 184 nats, and 8.1 / 3.9 for
-    drakes_published, 194: TATATA..., no G or C in 128 sequences; draft_kl 1.3 / 1.0 for 22 nats. mpsa: the objective
-    from -.36 to .39 for draft_kl; without KL 45 of 2,000 sequences differ. To try: --kl-weight 0.25, as in das.py.
+What you should see (seed 0): hepg2, oracle A / B from -2.2 / -2.0 to 8.0 / 3.9 for draft, 177 nats, and 8.1 / 3.8 for
+    drakes_published, 197: TATATA..., no G or C in 128 sequences; draft_kl 1.3 / 1.0 for 22 nats. mpsa: the objective
+    from -.36 to .39 for draft_kl; without KL 63 of 2,000 sequences differ. To try: --kl-weight 0.25, as in das.py.
 """
 import argparse, copy, json, math, os, pathlib, runpy, sys, time
 import numpy as np

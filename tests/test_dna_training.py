@@ -123,7 +123,7 @@ BUGS = [  # script, text, instead of it, what shows it and from where on
     ("draft", "where(x == MASK, (log_p.exp()", "where(x == MASK, (base.exp()", sampled_z, 5),
     ("draft", "< 1 / left)\n    noisy", "< 1 / (left + 1))\n    noisy", step_z, 5),
     ("draft", "letter = F.one_hot(noisy", "letter = F.one_hot(log_p", step_z, 5),
-    ("draft", "+ apart / left", "+ apart", kl_z, 5), ("draft", "* before / chosen", "/ chosen", kl_z, 5),
+    ("draft", "+ apart / left", "+ apart", kl_z, 5), ("draft", "* before / chosen", "/ chosen", lambda draft: kl_z(draft, 1), 5),
     ("draft", "torch.where((left == chosen)", "torch.where((left < chosen)", kl_z, 5),
     ("draft", "return (x[:, :, MASK] * (log_p", "return ((1 - x[:, :, MASK]) * (log_p", kl_z, 5),
     ("draft", "new = step(log_p, x, left", "new = step(log_p, x.detach(), left", gradient_error, 0.5),
