@@ -18,8 +18,8 @@ Table, of one sequence a group, drawn by weight
 What you should see (seed 0): near an activity of 10, A - B is 2.1 for das, with 109 edits and words .92 as in real
     elements (110, .96 to .99), and .1 for dav_kl after 4 rounds, with 102 edits and words .59: what is searched
     over-optimises oracle A, what is learned of it pays in composition (31% G and C for 45%). dav goes on to 12.1, 11.9
-    by B, its posterior to 17.8, 16.2. draft_kl and ddpo_kl lose diversity first: 76 and 77 edits at 5.8 and 3.8. Training
-    costs 50 to 90 CPU seconds, then .03 a sequence; das .5: training pays after 150 sequences.
+    by B, its posterior to 17.8, 16.2. draft_kl and ddpo_kl lose diversity first: 76 and 77 edits at 5.8 and 3.8.
+    Training costs 50 to 90 CPU seconds, then .03 a sequence; das .5: training pays after 150 sequences.
 """
 import argparse, json, os, pathlib, sys, time
 import numpy as np
