@@ -28,7 +28,7 @@ ONLINE = {"sd/das_online.py"}  # das in a loop
 BUDGETS = {"toy": 300, "sd": 400, "dna": 400, "toy/compare.py": 250, "sd/compare.py": 250, "sd/pretrain.py": 450,
            "dna/compare.py": 250, "dna/pretrain.py": 450, "dna/prepare_data.py": 200}  # lines
 OVER = {"sd/das_online.py": 412, "sd/ddpo.py": 422, "sd/constrained_alignment.py": 451, "sd/msdda.py": 467,
-        "sd/dav.py": 483, "sd/and_composition.py": 502, "dna/draft.py": 412, "dna/and_composition.py": 420,
+        "sd/dav.py": 483, "sd/and_composition.py": 502, "dna/and_composition.py": 420,
         "dna/msdda.py": 444, "dna/or_composition.py": 445, "dna/constrained_alignment.py": 456, "dna/dav.py": 520}
 # known to be over their budgets, which stand; they must not grow
 
