@@ -149,7 +149,7 @@ def measure(x, nets, top_words):
     torch.manual_seed(0)
     bound = masked_bound(nets["base"], x, 4).mean(1) / x.shape[1]
     rows["nats"] = bound.mean(), bound.std() / len(x) ** 0.5
-    rows |= {f"motif_{name}": (motif_rate(x, counts), None) for name, counts in MOTIFS.items()}
+    rows |= {f"motif_{name.lower()}": (motif_rate(x, counts), None) for name, counts in MOTIFS.items()}
     return rows
 
 def rows_of(args, module, flags, options, nets, top_words, base):

@@ -375,7 +375,7 @@ def main(args):
     started, found, traces, rows, worlds = time.time(), {}, {}, [], []
     torch.set_flush_denormal(True)  # numbers that small slow a backward pass on a CPU down by five
     torch.set_default_device(args.device)
-    print("COARSE: numbers mean nothing" if args.size[0] < 9 else "se: over sequences; objective: reward / kl_weight - kl")
+    print("COARSE: numbers mean nothing" if args.size[0] < 9 else "se: over sequences; kl: of paths, nats")
     for name in args.problem:
         worlds.append(world := World(args, name))
         world.denoiser = world.net  # as the exact one of mpsa has no gradient in the states
