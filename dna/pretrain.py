@@ -325,7 +325,8 @@ def report(args, rows, started, draw):
 
 def mean_row(problem, method, quantity, values, exact=None):
     """A row: the mean of independent values and its standard error."""
-    return problem, method, quantity, values.mean(), values.std() / len(values) ** 0.5, exact
+    se = values.std() / len(values) ** 0.5 if len(values) > 1 else None
+    return problem, method, quantity, values.mean(), se, exact
 
 def auc(score, positive):
     """Probability that a positive scores above a negative, score (N,), positive (N,) bool."""
@@ -377,9 +378,12 @@ def element_rows(args, name, width, dilations, updates, batch, judge_updates, co
     base = fit(args, f"{name}_base", base, lambda net: denoiser_loss(net, draw()), updates, length)
     for k, job in jobs.items():
         judges[k] = fit(args, f"{name}_{k}", judges[k], lambda net: judge_loss(net, *job), judge_updates, length)
-    nets, cells = dict(base=base), (data.targets >= data.targets.double().quantile(0.9, 0)) & (data.targets > 0)
+    highest = data.targets >= data.targets.double().quantile(0.9, 0)
+    nets, cells = dict(base=base), data.targets > 0 if data.kind == "classes" else highest
     for k, cell in enumerate(data.names):  # the base model goes on with the elements of one cell type
         own = train[cells[~held, k]]
+        if not len(own):
+            raise Refused(f"{name}: all elements of {cell} are on chromosomes 1 and 2, none is left to train on")
         draw = lambda: either_strand(own[torch.randint(len(own), (batch,))].long())
         net = copy.deepcopy(base).requires_grad_(True)
         loss = lambda net: denoiser_loss(net, draw())

@@ -231,7 +231,8 @@ def test_training_learns_and_goes_on_after_an_interruption(tmp_path):
 
 def test_from_a_table_to_a_world(tmp_path, monkeypatch):
     monkeypatch.setitem(pretrain.SIZES["quick"], "hepg2", (8, [1], 5, 8, 5, 10))
-    (tmp_path / "t.csv").write_text("\n".join([HEADER, *table()]))
+    lines = [f"{seq},{float(value) - 99},{rest}" for seq, value, rest in (v.split(",", 2) for v in table())]  # log ratios
+    (tmp_path / "t.csv").write_text("\n".join([HEADER, *lines]))
     prepare.main(prepare.parse_args(["--data", str(tmp_path / "t.csv"), "--out", str(tmp_path)]))
     pretrain.main(pretrain.parse_args(["--problem", "data", "--train", "--quick", "--out", str(tmp_path)]))
     rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
