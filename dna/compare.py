@@ -1,7 +1,7 @@
 """Every method as a front: what it gains by oracle A, and what oracle B, edits, words and motifs say about it.
 Papers: the table of Wang et al. (DRAKES), arXiv 2410.13643, and Fig. 5 of Lee et al. (DAV), arXiv 2510.00502, on HepG2
 *accessibility* instead of measured activity. The reward is oracle A; all the rest here only measures.
-Run    python dna/compare.py                    runs das, draft, ddpo and dav; 13 CPU minutes
+Run    python dna/compare.py                    runs das, draft, ddpo and dav; 14 CPU minutes
        python dna/compare.py --quick            coarse, 90 seconds
 A run that stands in --out with the same flags is read and not repeated: an interrupted comparison goes on.
 Read first: RUNS, measure. Skip: watch, draw.
@@ -16,11 +16,11 @@ Table, of one sequence a group, drawn by weight
     nats         bound on -log p of the base model, a letter; motif_*: share with a hit; GATA1, SPI1: other cell types
     *_calls      sequences that denoiser and oracle see, a backward pass counted as two: for one sequence (a group of
                  particles), and in thousands for the training; *_seconds, of one core
-What you should see (seed 0): near an activity of 10, A - B is 2.1 for das, with 109 edits and words .92 as in real
-    elements (110, .96 to .99), and .1 for dav_kl after 4 rounds, with 102 edits and words .59: what is searched
-    over-optimises oracle A, what is learned of it pays in composition (31% G and C for 45%). dav goes on to 12.1, 11.9
-    by B, its posterior to 17.8, 16.2. draft_kl and ddpo_kl lose diversity first: 76 and 77 edits at 5.8 and 3.8.
-    Training costs 50 to 90 CPU seconds, then .03 a sequence; das .5: training pays after 150 sequences.
+What you should see (three seeds, +- their standard deviation): das at an activity of 9.0 has A - B 2.0 +- .2, 108 edits
+    and words .90 (real elements 110, .99); dav_kl at 9.6 -.3 +- .3, 102 and .60: what is searched over-optimises oracle
+    A, what is learned of it pays in composition (32% G and C for 45%). dav goes on to 11.9 (11.7 by B), its posterior
+    to 17.6 (16.2). draft_kl and ddpo_kl lose diversity first: 68 +- 8 edits at 6.7, 82 +- 5 at 2.5. Training costs 50
+    to 90 CPU seconds, then .03 a sequence; das .5: training pays after 150 sequences.
 """
 import argparse, json, os, pathlib, sys, time
 import numpy as np

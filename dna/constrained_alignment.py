@@ -22,7 +22,7 @@ What you should see (seed 0): mpsa, multipliers 1.94 and 5.10 (exact 1.73, 4.72)
     B .23, GC .473 for .5: after 60 rounds the multipliers still rise, and they circle; 3.03 nats, reweighted .85.
 Why multipliers of a network are larger: at the exact ones, held fixed, maximum likelihood on exact draws of the optimum
     of mpsa reaches an activity of .86 in 600 updates of 128 sequences, 1.01 in 600 of 1,024, for 1.20: it is short of
-    training. What the gradient of r, exact for independent letters alone, adds was not measured. The dual step is right.
+    training. What the gradient of r adds, exact for independent letters alone, was not measured. Dual steps are exact.
 """
 import argparse, copy, json, math, os, pathlib, runpy, sys, time
 import numpy as np

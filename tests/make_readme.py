@@ -84,7 +84,7 @@ GALLERY = [  # figure, script, function, minutes of one core, its row, digits, r
     ("MSDDA", "sd/msdda", "msdda", "2.5", ("weight_0.5", "msdda", "weighted_gain"), 2, None, ""),
     ("DAV 5", "dna/dav", "search", "6", ("hepg2", "dav", "held_out"), 1, ("hepg2", "base", "held_out"),
      "the latter base"),
-    ("DAV 5", "dna/compare", "measure", "13", ("rounds_4", "dav", "edits"), 0, ("reference", "real_top", "edits"),
+    ("DAV 5", "dna/compare", "measure", "14", ("rounds_4", "dav", "edits"), 0, ("reference", "real_top", "edits"),
      "the latter real"),
     ("Constrained 3", "dna/constrained_alignment", "align", "5", ("mpsa", "constrained", "multiplier_gc"), 1, None, ""),
     ("Constrained 5, 6", "dna/and_composition", "compose", "5", ("mpsa", "smc", "dual_included"), 3, None, ""),
