@@ -19,7 +19,7 @@ What you should see (seed 0): mpsa, the best multipliers are (.414, .586), worst
     lower the worst KL from .633 to .579 +- .007; 2% of the sequences are above chance in all three cell types by
     oracle B, as at equal weights.
 """
-import argparse, json, math, os, pathlib, runpy, sys, time
+import argparse, json, math, os, pathlib, sys, time
 import numpy as np
 import safetensors
 import torch
@@ -52,7 +52,6 @@ def common_flags(doc, size, quick, paper):
     add("--device", choices=["cpu", "cuda"][: 1 + torch.cuda.is_available()], default="cpu")
     add("--problem", nargs="+", choices=PROBLEMS, default=PROBLEMS[:2], help="data: a table given to pretrain.py")
     add("--checkpoints", type=pathlib.Path, default=HERE / "checkpoints", help="networks that pretrain.py made")
-    add("--reward", default="activity", help="or my.py:function of letters (n, L, 4), probabilities of A C G T -> (n,)")
     add("--steps", type=int, help="of the sampler; 64 for mpsa, else 32")
     add("--chunk", type=int, default=256, help="sequences in one call, this sets the memory")
     return parser
@@ -62,8 +61,8 @@ def checked(parser, args):
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 < value + (name == "seed") < 1e9:
             parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
-    if len(set(args.problem)) < len(args.problem) or args.reward != "activity" and ":" not in args.reward:
-        parser.error("--problem names one twice, or --reward is neither activity nor my.py:function")
+    if len(set(args.problem)) < len(args.problem):
+        parser.error("--problem names one twice")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / ".writable").touch()  # or it is said now, not after all the work
@@ -73,39 +72,18 @@ def checked(parser, args):
 
 # ---- the problem: models, exact product ------------------------------------------------------------------------------
 class World:
-    """A masked diffusion model of sequences with its rewards, frozen: all that a method asks of a problem.
-    length L, steps, kl_weight: defaults; net: the trained MaskedDenoiser; denoiser: tokens x (n, L) -> log_p (n, L, 4),
-    for mpsa the exact one; reward, held_out: letters (n, L, 4), probabilities or one-hot, -> (n,). oracles a, b score
-    every cell type. Of mpsa p, r, held_r (4^9,): distribution and rewards of all sequences, from AAAAAAAAA on."""
+    """A masked diffusion model of sequences, frozen: all that a method asks of a problem. length L, steps, kl_weight:
+    defaults; net: the trained MaskedDenoiser; denoiser: tokens x (n, L) -> log_p (n, L, 4), for mpsa the exact one.
+    Of mpsa p, r, held_r (4^9,): distribution, inclusion and its replicate, of all sequences, from AAAAAAAAA on."""
     def __init__(self, args, name):
-        self.name, self.p, self.oracles = name, None, {}
+        self.name, self.p = name, None
         self.steps, self.kl_weight = (args.steps or 64, 0.5) if name == "mpsa" else (args.steps or 32, 0.25)
         self.net, self.length = load_network(args.checkpoints / f"{name}_base.safetensors", MaskedDenoiser)
+        self.denoiser = self.net
         if name == "mpsa":
             table, self.length = loaded(HERE / "splice_sites.npz", np.load, HERE / "splice_sites.npz"), 9
             self.p, self.r, self.held_r = torch.tensor(np.stack([table["p"], *table["rewards"]]))
             self.denoiser = ExactDenoiser(self.p)
-            self.reward, self.held_out = TableReward(self.r), TableReward(self.held_r)
-        else:
-            files = {k: args.checkpoints / f"{name}_oracle_{k}.safetensors" for k in "ab"}
-            self.oracles = {k: load_network(file, Oracle)[0] for k, file in files.items()}
-            self.denoiser, self.reward, self.held_out = self.net, self.oracles["a"].score, self.oracles["b"].score
-        if args.reward != "activity":  # your own
-            self.reward = own_reward(args.reward)
-            if name == "mpsa":
-                letters = F.one_hot(torch.cartesian_prod(*[torch.arange(4)] * 9), 4).float()
-                self.r = torch.cat([self.reward(part).detach() for part in letters.split(2**14)]).double()
-
-def own_reward(source):
-    """my.py:function as a reward; what it returns is checked at every call."""
-    path, _, name = source.rpartition(":")
-    own = loaded(source, lambda: runpy.run_path(path)[name])
-    def reward(letters):
-        value = own(letters)
-        if value.shape != letters.shape[:1] or not value.isfinite().all():
-            raise Refused(f"--reward {source}: {len(letters)} sequences did not get as many finite numbers")
-        return value
-    return reward
 
 class ExactDenoiser:
     """The denoiser of a distribution p (4^L,), by enumeration: x (n, L) tokens -> log p(x_0 | x) (n, L, 4), float64.
@@ -122,26 +100,16 @@ class ExactDenoiser:
         letter = (torch.arange(4) - x[:, :, None]) * self.place[:, None]  # (n, L, 4): what it changes
         return self.log_mass[state + letter] - self.log_mass[state]
 
-class TableReward:
-    """A table of all sequences, value (4^L,), as a function of letters (n, L, 4): its mean, if they are independent."""
-    def __init__(self, value):
-        self.value, self.length = value.float(), round(math.log(len(value), 4))
-
-    def __call__(self, letters):
-        joints = [torch.ones(len(letters), 1)] * 2  # probabilities of the first letters, and of the others
-        for k, letter in enumerate(letters.float().unbind(1)):
-            half = int(k >= self.length // 2)
-            joints[half] = (joints[half][:, :, None] * letter[:, None]).flatten(1)
-        return (joints[0] @ self.value.view(joints[0].shape[1], -1) * joints[1]).sum(1)
-
 class Parts:
-    """What to compose: names (m,) and denoisers of the models q_i, judges of what they draw. Of mpsa, by enumeration,
-    log_q (m, 4^9), tables {row: value of each sequence} and best, the rows of the best multipliers."""
+    """What to compose: names (m,) and denoisers of the models q_i, oracles that judge what they draw. Of mpsa, by
+    enumeration, log_q (m, 4^9), tables {row: value of each sequence} and best, the rows of the best multipliers."""
     def __init__(self, args, world):
-        self.world, self.names, self.log_q, self.best = world, args.cells, None, {}
+        self.names, self.log_q, self.best = args.cells, None, {}
         if world.p is None:
             files = [args.checkpoints / f"{world.name}_cell_{cell}.safetensors" for cell in args.cells]
             self.denoisers = [load_network(file, MaskedDenoiser)[0] for file in files]
+            files = {k: args.checkpoints / f"{world.name}_oracle_{k}.safetensors" for k in "ab"}
+            self.oracles = {k: load_network(file, Oracle)[0] for k, file in files.items()}
             return
         gc = F.one_hot(torch.cartesian_prod(*[torch.arange(4)] * 9), 4)[..., 1:3].sum((1, 2)).double()
         self.names, self.tables = ["included", "gc_rich"], dict(reward=world.r, held_out=world.held_r, gc=gc)
@@ -151,11 +119,13 @@ class Parts:
             dual = dual_step(dual, *self.product(dual)[:2], simplex=True)
         self.best = dict(zip(("dual_included", "dual_gc_rich"), dual), worst_kl=self.product(dual)[0].max())
 
-    def judge(self, letters):
-        """letters (n, L, 4) -> {row: value (n,)}: log odds of each cell type, and if they are above chance in all."""
-        values = dict(reward=self.world.reward(letters), held_out=self.world.held_out(letters))
-        values["gc"] = letters[..., 1:3].sum((1, 2))
-        for key, oracle in self.world.oracles.items():
+    def judge(self, x):
+        """Sequences x (n, L) -> {row: value (n,)}: log odds of each cell type, and if they are above chance in all."""
+        if self.log_q is not None:
+            return {key: value[(x * 4 ** torch.arange(8, -1, -1)).sum(1)] for key, value in self.tables.items()}
+        letters = F.one_hot(x, 4).float()
+        values = dict(gc=letters[..., 1:3].sum((1, 2)))
+        for key, oracle in self.oracles.items():
             odds = {f"{key}_{cell}": oracle.score(letters, cell) for cell in self.names}
             above = torch.stack([*odds.values()]) > -math.log(len(oracle.architecture["names"]) - 1)
             values |= odds | {f"{key}_all": above.all(0).float()}
@@ -337,29 +307,27 @@ def load_network(path, kind):
 
 # ---- files, figure, main ---------------------------------------------------------------------------------------------
 def save_sequences(args, found):
-    """found {(problem, method): x (G, P, L), reward, held_out and log_w (G, P)} -> sequences.npz, of all particles."""
+    """found {(problem, method): x (G, P, L), log_w, reward and the like (G, P)} -> sequences.npz, of all particles."""
     arrays = {"/".join((*names, key)): (v.byte() if key == "x" else v).cpu().numpy()
               for names, f in found.items() for key, v in f.items()}
     np.savez_compressed(args.out / "sequences.npz", **arrays)
 
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
+    names = ("problem", "method", "quantity", "estimate", "se", "exact")
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
-    widths = [max(len(r[i]) for r in rows) for i in range(3)]
     for r in [names, *rows]:
         cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
-        print(*(word.ljust(width) for word, width in zip(r, widths)), *(f"{cell:>9}" for cell in cells))
+        print(("{:16} {:22} {:20}" + 3 * "{:>10}").format(*r[:3], *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
-    part.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False))
-    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
-    draw().savefig(part, dpi=100, format="png")
-    part.replace(args.out / "figure.png")
+    text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
+    (args.out / "numbers.json").write_text(text)
+    draw().savefig(args.out / "figure.png", dpi=100)
 
 def measure(parts, out):
     """Rows of what run returns; what is saved of it."""
     w, z = out["log_w"].softmax(1), out["log_w"].exp().mean(1)
-    judged, exact = [parts.judge(F.one_hot(x, 4).float()) for x in out["x"]], parts.product(out["dual"])[2]
+    judged, exact = [parts.judge(x) for x in out["x"]], parts.product(out["dual"])[2]
     values = {key: torch.stack([v[key] for v in judged]) for key in judged[0]}  # (G, P)
     means = {f"kl_{name}": v for name, v in zip(parts.names, out["kl"].T)}
     means |= {key: (w * v).sum(1) for key, v in values.items()}
@@ -368,8 +336,7 @@ def measure(parts, out):
     rows += [("worst_kl", out["kl"].mean(0).max(), None)]
     rows += [("effective_share", 1 / w.square().sum(1).mean() / w.shape[1], None)]
     rows += [("dual_value", -z.mean().log(), z.std() / z.mean() / len(z) ** 0.5)] * bool(out["log_w"].any())
-    keep = dict(x=out["x"], reward=values["reward"], held_out=values["held_out"], log_w=out["log_w"])
-    return [(*row, exact.get(row[0])) for row in rows], keep
+    return [(*row, exact.get(row[0])) for row in rows], dict(values, x=out["x"], log_w=out["log_w"])
 
 def draw(rows, results):
     """Multipliers of the first model by round; KLs from all; what is drawn, by two judges. Exact: dotted."""

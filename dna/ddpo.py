@@ -38,6 +38,7 @@ def parse_args(argv=None):
     parser = common_flags(__doc__, size=(40, 256, 2000, 16, 48, 128), quick=(2, 16, 64, 2, 4, 8),
                           paper=(200, 256, 4000, 200, 256, 640))
     add = parser.add_argument
+    add("--reward", default="activity", help="or my.py:function of letters (n, L, 4), probabilities of A C G T -> (n,)")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--kl-weight", type=float, help="of ddpo_kl and the objective; 0.5 for mpsa, else 0.05")
     add("--clip-ratio", type=float, default=0.2, help="a ratio moves no further than this from 1")
@@ -58,7 +59,6 @@ def common_flags(doc, size, quick, paper):
     add("--device", choices=["cpu", "cuda"][: 1 + torch.cuda.is_available()], default="cpu")
     add("--problem", nargs="+", choices=PROBLEMS, default=PROBLEMS[:2], help="data: a table given to pretrain.py")
     add("--checkpoints", type=pathlib.Path, default=HERE / "checkpoints", help="networks that pretrain.py made")
-    add("--reward", default="activity", help="or my.py:function of letters (n, L, 4), probabilities of A C G T -> (n,)")
     add("--steps", type=int, help="of the sampler; 64 for mpsa, else 32")
     add("--chunk", type=int, default=256, help="sequences in one call, this sets the memory")
     return parser
@@ -68,8 +68,8 @@ def checked(parser, args):
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 < value + (name == "seed") < 1e9:
             parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
-    if len(set(args.problem)) < len(args.problem) or args.reward != "activity" and ":" not in args.reward:
-        parser.error("--problem names one twice, or --reward is neither activity nor my.py:function")
+    if len(set(args.problem)) < len(args.problem):
+        parser.error("--problem names one twice")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / ".writable").touch()  # or it is said now, not after all the work
@@ -79,25 +79,34 @@ def checked(parser, args):
 
 # ---- the problem: model, reward, exact answer ------------------------------------------------------------------------
 class World:
-    """A masked diffusion model of sequences with its rewards, frozen: all that a method asks of a problem.
-    length L, steps, kl_weight: defaults; net: the trained MaskedDenoiser; denoiser: tokens x (n, L) -> log_p (n, L, 4),
-    for mpsa the exact one; reward, held_out: letters (n, L, 4), probabilities or one-hot, -> (n,). oracles a, b score
-    every cell type. Of mpsa p, r, held_r (4^9,): distribution and rewards of all sequences, from AAAAAAAAA on."""
+    """A masked diffusion model of sequences, frozen: all that a method asks of a problem. length L, steps, kl_weight:
+    defaults; net: the trained MaskedDenoiser; denoiser: tokens x (n, L) -> log_p (n, L, 4), for mpsa the exact one.
+    Of mpsa p, r, held_r (4^9,): distribution, inclusion and its replicate, of all sequences, from AAAAAAAAA on."""
     def __init__(self, args, name):
-        self.name, self.p, self.oracles = name, None, {}
+        self.name, self.p = name, None
         self.steps, self.kl_weight = (args.steps or 64, 0.5) if name == "mpsa" else (args.steps or 32, 0.25)
         self.net, self.length = load_network(args.checkpoints / f"{name}_base.safetensors", MaskedDenoiser)
+        self.denoiser = self.net
         if name == "mpsa":
             table, self.length = loaded(HERE / "splice_sites.npz", np.load, HERE / "splice_sites.npz"), 9
             self.p, self.r, self.held_r = torch.tensor(np.stack([table["p"], *table["rewards"]]))
             self.denoiser = ExactDenoiser(self.p)
+
+class Rewarded(World):
+    """A world with reward and held_out: letters (n, L, 4), probabilities or one-hot, -> (n,)."""
+    def __init__(self, args, name):
+        super().__init__(args, name)
+        if name == "mpsa":
             self.reward, self.held_out = TableReward(self.r), TableReward(self.held_r)
         else:
-            files = {k: args.checkpoints / f"{name}_oracle_{k}.safetensors" for k in "ab"}
-            self.oracles = {k: load_network(file, Oracle)[0] for k, file in files.items()}
-            self.denoiser, self.reward, self.held_out = self.net, self.oracles["a"].score, self.oracles["b"].score
+            files = [args.checkpoints / f"{name}_oracle_{k}.safetensors" for k in "ab"]
+            self.reward, self.held_out = (load_network(file, Oracle)[0].score for file in files)
         if args.reward != "activity":  # your own
-            self.reward = own_reward(args.reward)
+            path, _, own = args.reward.rpartition(":")
+            self.reward = loaded(args.reward, lambda: runpy.run_path(path or own)[own])
+            found = self.reward(torch.stack([torch.full((self.length, 4), 0.25), torch.eye(4)[[0] * self.length]]))
+            if found.shape != (2,) or not found.isfinite().all():
+                raise Refused(f"--reward {args.reward}: two sequences did not get two finite numbers")
             if name == "mpsa":
                 letters = F.one_hot(torch.cartesian_prod(*[torch.arange(4)] * 9), 4).float()
                 self.r = torch.cat([self.reward(part).detach() for part in letters.split(2**14)]).double()
@@ -109,17 +118,6 @@ def exact_values(world, kl_weight):
     joint = world.p.log() + world.r / kl_weight
     w = joint.softmax(0)
     return dict(log_z=joint.logsumexp(0), reward=w @ world.r, held_out=w @ world.held_r)
-
-def own_reward(source):
-    """my.py:function as a reward; what it returns is checked at every call."""
-    path, _, name = source.rpartition(":")
-    own = loaded(source, lambda: runpy.run_path(path)[name])
-    def reward(letters):
-        value = own(letters)
-        if value.shape != letters.shape[:1] or not value.isfinite().all():
-            raise Refused(f"--reward {source}: {len(letters)} sequences did not get as many finite numbers")
-        return value
-    return reward
 
 class ExactDenoiser:
     """The denoiser of a distribution p (4^L,), by enumeration: x (n, L) tokens -> log p(x_0 | x) (n, L, 4), float64.
@@ -320,24 +318,22 @@ def load_network(path, kind):
 
 # ---- files, figure, main ---------------------------------------------------------------------------------------------
 def save_sequences(args, found):
-    """found {(problem, method): x (G, P, L), reward, held_out and log_w (G, P)} -> sequences.npz, of all particles."""
+    """found {(problem, method): x (G, P, L), log_w, reward and the like (G, P)} -> sequences.npz, of all particles."""
     arrays = {"/".join((*names, key)): (v.byte() if key == "x" else v).cpu().numpy()
               for names, f in found.items() for key, v in f.items()}
     np.savez_compressed(args.out / "sequences.npz", **arrays)
 
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
+    names = ("problem", "method", "quantity", "estimate", "se", "exact")
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
-    widths = [max(len(r[i]) for r in rows) for i in range(3)]
     for r in [names, *rows]:
         cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
-        print(*(word.ljust(width) for word, width in zip(r, widths)), *(f"{cell:>9}" for cell in cells))
+        print(("{:16} {:22} {:20}" + 3 * "{:>10}").format(*r[:3], *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
-    part.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False))
-    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
-    draw().savefig(part, dpi=100, format="png")
-    part.replace(args.out / "figure.png")
+    text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
+    (args.out / "numbers.json").write_text(text)
+    draw().savefig(args.out / "figure.png", dpi=100)
 
 @torch.no_grad()
 def measure(world, method, denoiser, n, kl_weight, args, rows):
@@ -377,7 +373,7 @@ def main(args):
     print("COARSE: numbers mean nothing" if args.size[0] < 9 else "se: over sequences; kl: of paths, nats; objective: "
           "reward / kl_weight - kl; exact: of p exp(r / kl_weight), for pretrained of p, for objective log Z")
     for name in args.problem:
-        worlds.append(world := World(args, name))
+        worlds.append(world := Rewarded(args, name))
         kl_weight, lr, (rounds, batch, n) = (
             (0.5, 3e-3, args.size[:3]) if name == "mpsa" else (0.05, 1e-3, args.size[3:]))
         kl_weight, job = args.kl_weight or kl_weight, argparse.Namespace(**vars(args) | dict(lr=args.lr or lr))

@@ -21,7 +21,7 @@ What you should see (seed 0): mpsa, kl: KLs .63 and .62 (mixture: .44 each) at a
     1.61 and .09 (1.56, .05). hepg2, in the order of --cells, kl .71, .73, .70, equal weights .74, .64, .62, base .82,
     .65, .68, se .01 to .02: level, but in the worst case no better than equal weights. The mixture has .43 of each.
 """
-import argparse, copy, json, math, os, pathlib, runpy, sys, time
+import argparse, copy, json, math, os, pathlib, sys, time
 import numpy as np
 import safetensors
 import torch
@@ -34,7 +34,7 @@ from tqdm import trange
 
 HERE, MASK, PROBLEMS = pathlib.Path(__file__).resolve().parent, 4, ["mpsa", "hepg2", "data"]
 METHODS = dict(equal_weights="#E69F00", kl="#009E73", elbo="#0072B2")  # the last two move their weights
-TILTS = dict(included=(2.0, 0.0), gc_rich=(0.0, 1.0))  # models of mpsa: per log10 of inclusion, per letter G or C
+TILTS = dict(included=(2.0, 0.0), gc_rich=(0.0, 1.0))  # your own: of mpsa, per log10 of inclusion, per letter G or C
 
 def parse_args(argv=None):
     # rounds, batch of each model, paths of each to train on and to measure with, of mpsa; then of the others
@@ -62,7 +62,6 @@ def common_flags(doc, size, quick, paper):
     add("--device", choices=["cpu", "cuda"][: 1 + torch.cuda.is_available()], default="cpu")
     add("--problem", nargs="+", choices=PROBLEMS, default=PROBLEMS[:2], help="data: a table given to pretrain.py")
     add("--checkpoints", type=pathlib.Path, default=HERE / "checkpoints", help="networks that pretrain.py made")
-    add("--reward", default="activity", help="or my.py:function of letters (n, L, 4), probabilities of A C G T -> (n,)")
     add("--steps", type=int, help="of the sampler; 64 for mpsa, else 32")
     add("--chunk", type=int, default=256, help="sequences in one call, this sets the memory")
     return parser
@@ -72,8 +71,8 @@ def checked(parser, args):
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 < value + (name == "seed") < 1e9:
             parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
-    if len(set(args.problem)) < len(args.problem) or args.reward != "activity" and ":" not in args.reward:
-        parser.error("--problem names one twice, or --reward is neither activity nor my.py:function")
+    if len(set(args.problem)) < len(args.problem):
+        parser.error("--problem names one twice")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / ".writable").touch()  # or it is said now, not after all the work
@@ -83,39 +82,18 @@ def checked(parser, args):
 
 # ---- the problem: models, their paths, the exact mixture -------------------------------------------------------------
 class World:
-    """A masked diffusion model of sequences with its rewards, frozen: all that a method asks of a problem.
-    length L, steps, kl_weight: defaults; net: the trained MaskedDenoiser; denoiser: tokens x (n, L) -> log_p (n, L, 4),
-    for mpsa the exact one; reward, held_out: letters (n, L, 4), probabilities or one-hot, -> (n,). oracles a, b score
-    every cell type. Of mpsa p, r, held_r (4^9,): distribution and rewards of all sequences, from AAAAAAAAA on."""
+    """A masked diffusion model of sequences, frozen: all that a method asks of a problem. length L, steps, kl_weight:
+    defaults; net: the trained MaskedDenoiser; denoiser: tokens x (n, L) -> log_p (n, L, 4), for mpsa the exact one.
+    Of mpsa p, r, held_r (4^9,): distribution, inclusion and its replicate, of all sequences, from AAAAAAAAA on."""
     def __init__(self, args, name):
-        self.name, self.p, self.oracles = name, None, {}
+        self.name, self.p = name, None
         self.steps, self.kl_weight = (args.steps or 64, 0.5) if name == "mpsa" else (args.steps or 32, 0.25)
         self.net, self.length = load_network(args.checkpoints / f"{name}_base.safetensors", MaskedDenoiser)
+        self.denoiser = self.net
         if name == "mpsa":
             table, self.length = loaded(HERE / "splice_sites.npz", np.load, HERE / "splice_sites.npz"), 9
             self.p, self.r, self.held_r = torch.tensor(np.stack([table["p"], *table["rewards"]]))
             self.denoiser = ExactDenoiser(self.p)
-            self.reward, self.held_out = TableReward(self.r), TableReward(self.held_r)
-        else:
-            files = {k: args.checkpoints / f"{name}_oracle_{k}.safetensors" for k in "ab"}
-            self.oracles = {k: load_network(file, Oracle)[0] for k, file in files.items()}
-            self.denoiser, self.reward, self.held_out = self.net, self.oracles["a"].score, self.oracles["b"].score
-        if args.reward != "activity":  # your own
-            self.reward = own_reward(args.reward)
-            if name == "mpsa":
-                letters = F.one_hot(torch.cartesian_prod(*[torch.arange(4)] * 9), 4).float()
-                self.r = torch.cat([self.reward(part).detach() for part in letters.split(2**14)]).double()
-
-def own_reward(source):
-    """my.py:function as a reward; what it returns is checked at every call."""
-    path, _, name = source.rpartition(":")
-    own = loaded(source, lambda: runpy.run_path(path)[name])
-    def reward(letters):
-        value = own(letters)
-        if value.shape != letters.shape[:1] or not value.isfinite().all():
-            raise Refused(f"--reward {source}: {len(letters)} sequences did not get as many finite numbers")
-        return value
-    return reward
 
 class ExactDenoiser:
     """The denoiser of a distribution p (4^L,), by enumeration: x (n, L) tokens -> log p(x_0 | x) (n, L, 4), float64.
@@ -131,18 +109,6 @@ class ExactDenoiser:
         state = (x * self.place).sum(1)[:, None, None]
         letter = (torch.arange(4) - x[:, :, None]) * self.place[:, None]  # (n, L, 4): what it changes
         return self.log_mass[state + letter] - self.log_mass[state]
-
-class TableReward:
-    """A table of all sequences, value (4^L,), as a function of letters (n, L, 4): its mean, if they are independent."""
-    def __init__(self, value):
-        self.value, self.length = value.float(), round(math.log(len(value), 4))
-
-    def __call__(self, letters):
-        joints = [torch.ones(len(letters), 1)] * 2  # probabilities of the first letters, and of the others
-        for k, letter in enumerate(letters.float().unbind(1)):
-            half = int(k >= self.length // 2)
-            joints[half] = (joints[half][:, :, None] * letter[:, None]).flatten(1)
-        return (joints[0] @ self.value.view(joints[0].shape[1], -1) * joints[1]).sum(1)
 
 def models(args, world):
     """{name: denoiser} of the models q_i, and of mpsa log q_i (m, 4^9)."""
@@ -303,29 +269,6 @@ class MaskedDenoiser(nn.Module):
             h = h + F.silu(layer(norm(h)))
         return self.head(self.norms[-1](h)).log_softmax(2)
 
-class Oracle(nn.Module):
-    """Convolutions and pooling: letters (n, L, 4) -> outputs (n, C) of names. kind: "classes", logits of cell types
-    that exclude each other; "activity", measured values; "open", logits that each stand alone."""
-    def __init__(self, names, kind, width):
-        super().__init__()
-        self.architecture = dict(names=names, kind=kind, width=width)
-        sizes = ((4, width, 15), (width, width, 7), (width, width, 5))
-        self.layers = nn.ModuleList(SequenceConv(*size) for size in sizes)
-        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in sizes)
-        self.head = nn.Linear(2 * width, len(names))
-
-    def forward(self, h):
-        for layer, norm, window in zip(self.layers, self.norms, (4, 2, 1)):
-            h = F.silu(norm(layer(h).flatten(0, 1)).unflatten(0, (len(h), -1)))
-            h = h[:, : h.shape[1] // window * window].unflatten(1, (-1, window)).amax(2)
-        return self.head(torch.cat([h.mean(1), h.amax(1)], 1))
-
-    def score(self, letters, name="hepg2"):
-        """A cell type's log odds against the others (n,), nats; activity or log odds of being open as they are."""
-        out, k = self(letters), self.architecture["names"].index(name)
-        others = [j for j in range(out.shape[1]) if j != k]
-        return out[:, k] - (out[:, others].logsumexp(1) if self.architecture["kind"] == "classes" else 0)
-
 def load_network(path, kind):
     """A MaskedDenoiser or Oracle that pretrain.py saved -> network, frozen; length of its sequences."""
     def load():
@@ -349,30 +292,25 @@ def measure(args, world, names, method, denoiser, fresh, dual, exact):
         rows += [(f"kl_{names[k]}", kl.mean(), kl.std() / n**0.5, exact[1][k]),
                  (f"weight_{names[k]}", dual[k], None, exact[0][k])]
     x = draw_paths(world, [denoiser], 0, n, args.chunk)[0][-1]
-    letters = [F.one_hot(part, 4).float() for part in x.split(args.chunk)]
-    reward, held_out = (torch.cat([f(v) for v in letters])[:, None] for f in (world.reward, world.held_out))
-    return ([(world.name, method, *row) for row in rows],
-            dict(x=x[:, None], reward=reward, held_out=held_out, log_w=torch.zeros(n, 1)))
+    return [(world.name, method, *row) for row in rows], dict(x=x[:, None], log_w=torch.zeros(n, 1))
 
 def save_sequences(args, found):
-    """found {(problem, method): x (G, P, L), reward, held_out and log_w (G, P)} -> sequences.npz, of all particles."""
+    """found {(problem, method): x (G, P, L), log_w, reward and the like (G, P)} -> sequences.npz, of all particles."""
     arrays = {"/".join((*names, key)): (v.byte() if key == "x" else v).cpu().numpy()
               for names, f in found.items() for key, v in f.items()}
     np.savez_compressed(args.out / "sequences.npz", **arrays)
 
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
+    names = ("problem", "method", "quantity", "estimate", "se", "exact")
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
-    widths = [max(len(r[i]) for r in rows) for i in range(3)]
     for r in [names, *rows]:
         cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
-        print(*(word.ljust(width) for word, width in zip(r, widths)), *(f"{cell:>9}" for cell in cells))
+        print(("{:16} {:22} {:20}" + 3 * "{:>10}").format(*r[:3], *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
-    part.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False))
-    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
-    draw().savefig(part, dpi=100, format="png")
-    part.replace(args.out / "figure.png")
+    text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
+    (args.out / "numbers.json").write_text(text)
+    draw().savefig(args.out / "figure.png", dpi=100)
 
 def draw(args, rows, paths):
     """Of every problem: KL of all models from all methods, the largest decides; the path of the weights."""

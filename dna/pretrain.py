@@ -64,7 +64,6 @@ def common_flags(doc, size, quick, paper):
     add("--device", choices=["cpu", "cuda"][: 1 + torch.cuda.is_available()], default="cpu")
     add("--problem", nargs="+", choices=PROBLEMS, default=PROBLEMS[:2], help="data: a table given to pretrain.py")
     add("--checkpoints", type=pathlib.Path, default=HERE / "checkpoints", help="networks that pretrain.py made")
-    add("--reward", default="activity", help="or my.py:function of letters (n, L, 4), probabilities of A C G T -> (n,)")
     add("--steps", type=int, help="of the sampler; 64 for mpsa, else 32")
     add("--chunk", type=int, default=256, help="sequences in one call, this sets the memory")
     return parser
@@ -74,8 +73,8 @@ def checked(parser, args):
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 < value + (name == "seed") < 1e9:
             parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
-    if len(set(args.problem)) < len(args.problem) or args.reward != "activity" and ":" not in args.reward:
-        parser.error("--problem names one twice, or --reward is neither activity nor my.py:function")
+    if len(set(args.problem)) < len(args.problem):
+        parser.error("--problem names one twice")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / ".writable").touch()  # or it is said now, not after all the work
@@ -311,17 +310,15 @@ def load_network(path, kind):
 # ---- measures, figure, main ------------------------------------------------------------------------------------------
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
+    names = ("problem", "method", "quantity", "estimate", "se", "exact")
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
-    widths = [max(len(r[i]) for r in rows) for i in range(3)]
     for r in [names, *rows]:
         cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
-        print(*(word.ljust(width) for word, width in zip(r, widths)), *(f"{cell:>9}" for cell in cells))
+        print(("{:16} {:22} {:20}" + 3 * "{:>10}").format(*r[:3], *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
-    part.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False))
-    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
-    draw().savefig(part, dpi=100, format="png")
-    part.replace(args.out / "figure.png")
+    text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
+    (args.out / "numbers.json").write_text(text)
+    draw().savefig(args.out / "figure.png", dpi=100)
 
 def mean_row(problem, method, quantity, values, exact=None):
     """A row: the mean of independent values and its standard error."""

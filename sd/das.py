@@ -24,7 +24,7 @@ import torch
 if __name__ == "__main__": os.environ |= dict(MPLBACKEND="agg", TRANSFORMERS_VERBOSITY="error")
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import numpy_to_pil
 from matplotlib.figure import Figure
 from peft import get_peft_model_state_dict
 from torch.nn import functional as F
@@ -76,8 +76,7 @@ def checked(parser, args):
             parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
     try:
         if args.prompts[0].endswith(".txt"):
-            lines = pathlib.Path(args.prompts[0]).read_text(encoding="utf-8-sig").splitlines()
-            args.prompts = [line.strip() for line in lines if line.strip()]
+            args.prompts = [*filter(None, map(str.strip, open(args.prompts[0], encoding="utf-8-sig")))]
         args.weights = {name: float(weight or 1) for name, _, weight in (word.partition("=") for word in args.reward)}
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / ".writable").touch()  # or it is said now, not after all the work
@@ -94,7 +93,8 @@ def make_rewards(args, device):
     """Every --reward: a function of images (n, 3, H, W) in [0, 1] and the numbers of their prompts (n,) -> (n,)."""
     def jpeg(images, number):  # compressibility: minus the kilobytes at quality 95, as in DDPO; no gradient
         size = lambda image: image.save(file := io.BytesIO(), "JPEG", quality=95) or file.tell()
-        return torch.tensor([-size(image) / 1000 for image in to_pil(images)], device=device)
+        pixels = images.detach().permute(0, 2, 3, 1).cpu().numpy()
+        return torch.tensor([-size(image) / 1000 for image in numpy_to_pil(pixels)], device=device)
     def saturation(images, number):
         return ((images.amax(1) - images.amin(1)) / (images.amax(1) + 1e-8)).mean((1, 2))
     def contrast(images, number):  # mean distance of the luminance from its Gaussian blur
@@ -240,8 +240,6 @@ class Diffusion:
             if not fits:
                 raise Refused(f"--model {args.model}: this needs Stable Diffusion v1 or v2, with {what}")
         loaded(args.model, pipe.to, device)
-        if getattr(args, "dtype", "float32") != "float32":  # which a likelihood or a KL needs
-            pipe.to(getattr(torch, args.dtype))
         [part.requires_grad_(False) for part in (pipe.unet, pipe.vae, pipe.text_encoder)]
         # levels even in log SNR: a step that multiplies it by more than the others dominates the KL of a path
         snr, order = (abar / (1 - abar)).log(), torch.arange(args.steps + 1).flip(0)
@@ -309,17 +307,13 @@ def save_samples(args, model, found):
         for k, prompt in enumerate(args.prompts):
             pick = (torch.arange(w.shape[1]), w[k].multinomial(1)[:, 0])
             sheets[method].append(torch.cat([model.decode(x) for x in f["x"][k][pick].split(args.chunk)]).cpu())
-            for g, image in enumerate(to_pil(sheets[method][k])):
+            for g, image in enumerate(numpy_to_pil(sheets[method][k].permute(0, 2, 3, 1).numpy())):
                 values = (args.seed + 100 * k, f["gain"][k][pick][g].item(), w[k][pick][g].item())
                 lines.append((f"images/{k}_{method}_{g}.png", prompt, method, *values))
                 image.save(args.out / lines[-1][0])
     with open(args.out / "images.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
     return {method: torch.stack(images) for method, images in sheets.items()}
-
-def to_pil(images):
-    """Images (n, 3, H, W) in [0, 1] -> list of n PIL images."""
-    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.detach()))
 
 def draw_images(ax, images, label):
     """A line of images (K, G, 3, H, W): four of each of the first four prompts."""
@@ -330,18 +324,15 @@ def draw_images(ax, images, label):
 
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
+    names = ("problem", "method", "quantity", "estimate", "se", "exact")
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
-    widths = [max(len(r[i]) for r in rows) for i in range(3)]
     for r in [names, *rows]:
         cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
-        print(*(word.ljust(width) for word, width in zip(r, widths)), *(f"{cell:>9}" for cell in cells))
+        print(("{:22} {:15} {:22}" + 3 * "{:>10}").format(*r[:3], *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
     text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
-    part.write_text(text.replace(f"{MINI.parents[1]}/", ""))  # paths from the top folder
-    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
-    draw().savefig(part, dpi=100, format="png")
-    part.replace(args.out / "figure.png")
+    (args.out / "numbers.json").write_text(text.replace(f"{MINI.parents[1]}/", ""))  # paths from the top folder
+    draw().savefig(args.out / "figure.png", dpi=100)
 
 def draw(args, rows, sheets):
     """Lines of images; the gain of every method beside that of the target."""
@@ -362,6 +353,9 @@ def main(args):
     model, groups = Diffusion(args, accelerator.device), -(-groups // accelerator.num_processes)
     if args.lora:
         load_adapter(model, args.lora, "lora")
+    if args.dtype != "float32":  # which a likelihood or a KL needs
+        model.pipe.to(dtype := getattr(torch, args.dtype))
+        model.cond, model.uncond = model.cond.to(dtype), model.uncond.to(dtype)
     accelerator.print("COARSE: numbers mean nothing" if particles < 9 else "gain: reward in standard deviations of the "
                       "base model's; se: over groups; target: all images of the base model, by weight")
     torch.set_default_device(accelerator.device)
@@ -394,7 +388,7 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(args := parse_args())
+        main(parse_args())
     except (Refused, torch.OutOfMemoryError) as error:  # what a user can mend, in one sentence
-        print(error if type(error) is Refused else "out of memory: take a smaller --chunk", file=sys.stderr)
-        sys.exit(2)
+        memory = "out of memory: take a smaller --chunk"
+        sys.exit(print(error if type(error) is Refused else memory, file=sys.stderr) or 2)

@@ -7,16 +7,15 @@ Run    python sd/msdda.py                      miniature model, adapters of sd/a
 Read first: merge, msdda, sample. Skip: checked, make_rewards, Diffusion, save_samples, draw, report.
 Notation (here -> usual symbol); G groups of P interacting particles: x (G, P, C, h, w) latents, log_w (G, P)
     weights -> w_i         of the rewards, of sum one; gain: reward in standard deviations of the base model
-    mean, var              of a reverse kernel p_i(x_{t-1} | x_t), here DDIM with eta = 1: all have one variance
+    mean, sigma            of a reverse kernel p_i(x_{t-1} | x_t), here DDIM with eta = 1: all have one sigma
     log_c -> log C_t       log of the integral over x_{t-1} of prod_i p_i(x_{t-1} | x_t)^w_i
 Algorithm, at every step from noise to image
     1. msdda: forecast the noise with each adapter alone                                        `adapted`
-    2. merge: multiply the kernels: precisions add, means are averaged by precision
+    2. merge: multiply the kernels: of one variance, which the adapters do not change, the means are averaged
     3. draw x_{t-1}. Ours (row msdda_ct): smc adds log C_t to the weights, at no call of the UNet
-Adapters change the forecast and not the variance: the merge is then the average of the forecasts (blend), to rounding.
-    toy/msdda.py has variances that differ, and the exact answers. soup averages the changes B A of the weights, that is
-    Rewarded Soup, soup_factors B and A separately. rgg moves the base model's mean along the reward's gradient, code
-    keeps the best forecast of 4 particles after every 5 steps: both see the rewards.
+toy/msdda.py has variances that differ, and the exact answers. soup averages the changes B A of the weights, that is
+    Rewarded Soup. rgg moves the base model's mean along the reward's gradient, code keeps the best forecast of 4
+    particles after every 5 steps: both see the rewards.
 What you should see (seed 0, three training seeds): alone the adapters gain 4.67 and 2.59 of their own
     reward and lose 2.41 and 1.68 of the other. Weighted gain at (1/2, 1/2): msdda, which is blend, 1.01 +- .05 in 20
     calls of the UNet, soup .012 +- .006 more in 10, soup_factors .44 +- .05 less; msdda_ct .14 +- .06 more, with 3.2 of
@@ -27,18 +26,16 @@ import torch
 if __name__ == "__main__": os.environ |= dict(MPLBACKEND="agg", TRANSFORMERS_VERBOSITY="error")
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import numpy_to_pil
 from matplotlib.figure import Figure
 from peft import get_peft_model_state_dict
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 MINI = pathlib.Path(__file__).resolve().parent / "mini"
 PROMPTS = ["a photo of a cat", "a photo of a horse", "a photo of a monkey", "a photo of a fish"]
-METHODS = dict(soup="#CC79A7", soup_factors="#F0E442", blend="k", msdda="#D55E00", msdda_ct="#0072B2", rgg="0.3",
-               code="0.6")
+METHODS = dict(soup="#CC79A7", msdda="#D55E00", msdda_ct="#0072B2", rgg="0.3", code="0.6")
 ADAPTERS = [str(MINI.parent / "adapters" / f"{name}*") for name in ("muted", "contrast")]
 
 def parse_args(argv=None):
@@ -84,8 +81,7 @@ def checked(parser, args):
             parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
     try:
         if args.prompts[0].endswith(".txt"):
-            lines = pathlib.Path(args.prompts[0]).read_text(encoding="utf-8-sig").splitlines()
-            args.prompts = [line.strip() for line in lines if line.strip()]
+            args.prompts = [*filter(None, map(str.strip, open(args.prompts[0], encoding="utf-8-sig")))]
         args.weights = {name: float(weight or 1) for name, _, weight in (word.partition("=") for word in args.reward)}
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / ".writable").touch()  # or it is said now, not after all the work
@@ -102,7 +98,8 @@ def make_rewards(args, device):
     """Every --reward: a function of images (n, 3, H, W) in [0, 1] and the numbers of their prompts (n,) -> (n,)."""
     def jpeg(images, number):  # compressibility: minus the kilobytes at quality 95, as in DDPO; no gradient
         size = lambda image: image.save(file := io.BytesIO(), "JPEG", quality=95) or file.tell()
-        return torch.tensor([-size(image) / 1000 for image in to_pil(images)], device=device)
+        pixels = images.detach().permute(0, 2, 3, 1).cpu().numpy()
+        return torch.tensor([-size(image) / 1000 for image in numpy_to_pil(pixels)], device=device)
     def saturation(images, number):
         return ((images.amax(1) - images.amin(1)) / (images.amax(1) + 1e-8)).mean((1, 2))
     def contrast(images, number):  # mean distance of the luminance from its Gaussian blur
@@ -189,13 +186,12 @@ def forecast(x, eps, abar):
     """x0_hat, Tweedie's mean of x_0 given x_t = x."""
     return (x - (1 - abar) ** 0.5 * eps) / abar**0.5
 
-def merge(mean, var, weights):
-    """prod_i N(mean_i, var_i)^w_i = C N(mean, var), sum_i w_i = 1: mean, var (m, ..., d) -> the merged, log C (...)."""
-    w = mean.new_tensor(weights).view(-1, *[1] * (mean.dim() - 1))
-    precision = torch.maximum((w / var).sum(0), 0.1 / var.amax(0))  # with negative weights it need not be positive
-    merged = (w * mean / var).sum(0) / precision
-    log_c = precision.log() + (w * var.log()).sum(0) + (w * (mean - merged) ** 2 / var).sum(0)
-    return merged, 1 / precision, -log_c.sum(-1) / 2
+def merge(mean, sigma, weights):
+    """prod_i N(mean_i, sigma^2)^w_i = C N(merged, sigma^2), sum_i w_i = 1: mean (m, G, P, ...) -> merged, log C (G, P).
+    For one sigma the merge is the average of the means; in general precisions add, as in toy/msdda.py."""
+    w = mean.new_tensor(weights)
+    merged = torch.einsum("m,m...->...", w, mean)
+    return merged, -torch.einsum("m,m...->...", w, (mean - merged) ** 2).flatten(2).sum(2) / sigma**2 / 2
 
 def adapted(model, scales, x, i, number, chunk):
     """The noise in x (G, P, C, h, w) at step i, prompt number (G,) by group, with LoRAs on: scales {name: scale}."""
@@ -213,25 +209,16 @@ def msdda(model, asked, weights, x, corrected=False, twist=None):
     corrected: C_t in log_w. twist(x, i): log twist (G, P) at level i, for CoDe."""
     def step(state, i):
         eps = torch.stack([ask(state["x"], i) for ask in asked])
-        mean, sigma = kernel(state["x"], eps, model.abar[i], model.abar[i + 1])
-        mean, var, log_c = merge(mean.flatten(3), torch.full_like(mean.flatten(3), sigma**2), weights)
-        x = (mean + var.sqrt() * torch.randn_like(mean)).view_as(state["x"])
+        means, sigma = kernel(state["x"], eps, model.abar[i], model.abar[i + 1])
+        mean, log_c = merge(means, sigma, weights)
+        x = mean + sigma * torch.randn_like(mean)
         return dict(x=x, log_twist=twist(x, i + 1) if twist else 0 * log_c), log_c * corrected
     state, log_w = smc(step, dict(x=x, log_twist=torch.zeros(x.shape[:2])), len(model.times))
     return state["x"], log_w
 
-def average_factors(model, names, weights):
-    """Fill the adapter `factors` with the averages of the factors A and of B: (sum w_i B_i) (sum w_i A_i)."""
-    parts = dict(model.unet.named_parameters())
-    for key in (key for key in parts if ".factors." in key):
-        of = [parts[key.replace(".factors.", f".{name}.")].data for name in names]
-        if of[0].shape != of[1].shape:
-            raise Refused("--lora: adapters of two ranks have no average of factors")
-        parts[key].data = sum(w * v for w, v in zip(weights, of))
-
 def sample(args, model, gains, names, weights, method):
     """A method at weights (2,) of the rewards -> x, log_w, gain (K, G, P), gains (2, K, G, P), calls of the UNet for an
-    image. names of the two adapters; a third one, `factors`, has the averages of their factors."""
+    image. names: of the two adapters."""
     (groups, particles), prompts, calls = args.size[:2], len(args.prompts), []
     number = torch.arange(prompts).repeat_interleave(groups)
     def ask(scales):
@@ -253,8 +240,7 @@ def sample(args, model, gains, names, weights, method):
             return torch.zeros(x.shape[:2])
         return 1e4 * total(x if i == args.steps else forecast(x, base(x, i), model.abar[i]))
     base, alone = ask({}), [ask({name: 1.0}) for name in names]
-    rules = dict(soup=[ask(dict(zip(names, weights)))], soup_factors=[ask({"factors": 1.0})], rgg=[guided], code=[base],
-                 base=[base], blend=[lambda x, i: sum(w * f(x, i) for w, f in zip(weights, alone))])
+    rules = dict(soup=[ask(dict(zip(names, weights)))], rgg=[guided], code=[base], base=[base])
     rules |= {word: [f] for word, f in zip(reward_words(args), alone)}
     asked = rules.get(method, alone)
     torch.manual_seed(args.seed)  # the same noise for all, until smc resamples
@@ -312,8 +298,6 @@ class Diffusion:
             if not fits:
                 raise Refused(f"--model {args.model}: this needs Stable Diffusion v1 or v2, with {what}")
         loaded(args.model, pipe.to, device)
-        if getattr(args, "dtype", "float32") != "float32":  # which a likelihood or a KL needs
-            pipe.to(getattr(torch, args.dtype))
         [part.requires_grad_(False) for part in (pipe.unet, pipe.vae, pipe.text_encoder)]
         # levels even in log SNR: a step that multiplies it by more than the others dominates the KL of a path
         snr, order = (abar / (1 - abar)).log(), torch.arange(args.steps + 1).flip(0)
@@ -364,17 +348,13 @@ def save_samples(args, model, found):
         for k, prompt in enumerate(args.prompts):
             pick = (torch.arange(w.shape[1]), w[k].multinomial(1)[:, 0])
             sheets[method].append(torch.cat([model.decode(x) for x in f["x"][k][pick].split(args.chunk)]).cpu())
-            for g, image in enumerate(to_pil(sheets[method][k])):
+            for g, image in enumerate(numpy_to_pil(sheets[method][k].permute(0, 2, 3, 1).numpy())):
                 values = (args.seed + 100 * k, f["gain"][k][pick][g].item(), w[k][pick][g].item())
                 lines.append((f"images/{k}_{method}_{g}.png", prompt, method, *values))
                 image.save(args.out / lines[-1][0])
     with open(args.out / "images.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
     return {method: torch.stack(images) for method, images in sheets.items()}
-
-def to_pil(images):
-    """Images (n, 3, H, W) in [0, 1] -> list of n PIL images."""
-    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.detach()))
 
 def draw_images(ax, images, label):
     """A line of images (K, G, 3, H, W): four of each of the first four prompts."""
@@ -385,18 +365,15 @@ def draw_images(ax, images, label):
 
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
+    names = ("problem", "method", "quantity", "estimate", "se", "exact")
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
-    widths = [max(len(r[i]) for r in rows) for i in range(3)]
     for r in [names, *rows]:
         cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
-        print(*(word.ljust(width) for word, width in zip(r, widths)), *(f"{cell:>9}" for cell in cells))
+        print(("{:22} {:15} {:22}" + 3 * "{:>10}").format(*r[:3], *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
     text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
-    part.write_text(text.replace(f"{MINI.parents[1]}/", ""))  # paths from the top folder
-    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
-    draw().savefig(part, dpi=100, format="png")
-    part.replace(args.out / "figure.png")
+    (args.out / "numbers.json").write_text(text.replace(f"{MINI.parents[1]}/", ""))  # paths from the top folder
+    draw().savefig(args.out / "figure.png", dpi=100)
 
 def reward_words(args):
     """Names of the adapters, by their rewards: less_saturation where the weight is negative."""
@@ -438,15 +415,14 @@ def main(args):
     folders = [sorted(glob.glob(pattern)) or [pattern] for pattern in args.lora]
     for seed, pair in enumerate(list(zip(*folders))[: args.size[2]]):
         names = [f"{word}_{seed}" for word in words]
-        for folder, name in zip([*pair, pair[0]], [*names, "factors"][: 3 - bool(seed)]):
+        for folder, name in zip(pair, names):
             load_adapter(model, folder, name)
         keep = {method: sample(args, model, gains, names, half, method) for method in ["base", *words]}
         rows = {("alone", m, key): v for m, out in keep.items() for key, v in measure(args, out, half).items()}
         for first in args.sweep:
             weights, problem = [first, 1 - first], f"weight_{first:g}"
-            average_factors(model, names, weights)
-            left_out = ("rgg", "code")[: 2 * bool(seed)] + ("blend",)[: first != args.sweep[0]]
-            outs = {m: sample(args, model, gains, names, weights, m) for m in METHODS if m not in left_out}
+            methods = [m for m in METHODS if not seed or m not in ("rgg", "code")]  # which have no adapters
+            outs = {m: sample(args, model, gains, names, weights, m) for m in methods}
             rows |= {(problem, method, key): v for method, out in outs.items()
                      for key, v in measure(args, out, weights).items()}
             rows |= {(problem, method, "change"): rows[problem, method, "weighted_gain"] -
@@ -461,7 +437,7 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(args := parse_args())
+        main(parse_args())
     except (Refused, torch.OutOfMemoryError) as error:  # what a user can mend, in one sentence
-        print(error if type(error) is Refused else "out of memory: take a smaller --chunk", file=sys.stderr)
-        sys.exit(2)
+        memory = "out of memory: take a smaller --chunk"
+        sys.exit(print(error if type(error) is Refused else memory, file=sys.stderr) or 2)

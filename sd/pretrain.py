@@ -408,18 +408,15 @@ def draw(images, columns=9):
 
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
+    names = ("problem", "method", "quantity", "estimate", "se", "exact")
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
-    widths = [max(len(r[i]) for r in rows) for i in range(3)]
     for r in [names, *rows]:
         cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
-        print(*(word.ljust(width) for word, width in zip(r, widths)), *(f"{cell:>9}" for cell in cells))
+        print(("{:22} {:15} {:22}" + 3 * "{:>10}").format(*r[:3], *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
     text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
-    part.write_text(text.replace(f"{MINI.parents[1]}/", ""))  # paths from the top folder
-    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
-    draw().savefig(part, dpi=100, format="png")
-    part.replace(args.out / "figure.png")
+    (args.out / "numbers.json").write_text(text.replace(f"{MINI.parents[1]}/", ""))  # paths from the top folder
+    draw().savefig(args.out / "figure.png", dpi=100)
 
 def main(args):
     started, folder = time.time(), args.export or args.out / "mini"

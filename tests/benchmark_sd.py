@@ -70,9 +70,11 @@ def measure(name, chunk, args):
         give = staticmethod(lambda *_, found=found, **__: found)
         setattr(script, kind.__name__, type(kind.__name__, (kind,), dict(from_pretrained=give)))
     flags = dict(model="random", clip="random", prompts="a cat", steps=args.steps, guidance=7.5, chunk=chunk,
-                 device=args.device, out=tempfile.mkdtemp()) | (dict(dtype=args.dtype) if name == "das" else {})
+                 device=args.device, out=tempfile.mkdtemp())
     flags = script.parse_args([word for key, value in flags.items() for word in (f"--{key}", str(value))])
     accelerator = Accelerator(cpu=args.device == "cpu")
+    if name == "das":
+        pipe.to(getattr(torch, args.dtype))
     model = script.Diffusion(flags, accelerator.device)
     torch.set_default_device(accelerator.device)
     (reward,) = script.make_rewards(flags, accelerator.device)

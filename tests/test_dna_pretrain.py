@@ -237,5 +237,5 @@ def test_from_a_table_to_a_world(tmp_path, monkeypatch):
     pretrain.main(pretrain.parse_args(["--problem", "data", "--train", "--quick", "--out", str(tmp_path)]))
     rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
     assert {r["problem"] for r in rows} == {"data"} and all(math.isfinite(r["estimate"]) for r in rows)
-    world = das.World(das.parse_args(["--checkpoints", str(tmp_path), "--out", str(tmp_path)]), "data")
+    world = das.Rewarded(das.parse_args(["--checkpoints", str(tmp_path), "--out", str(tmp_path)]), "data")
     assert world.length == 40 and world.reward(torch.ones(3, 40, 4) / 4).shape == (3,)

@@ -24,12 +24,11 @@ SPINES = {  # which script holds which short algorithm, the same to the letter: 
     "sd: train": {"constrained_alignment", "or_composition", "dav", "ddpo", "draft"},
     "dna: train": {"constrained_alignment", "or_composition", "dav", "ddpo", "draft"},
 }
-ONLINE = {"sd/das_online.py"}  # das in a loop
+LOOPS = {"sd/compare.py", "dna/compare.py", "toy/compare.py", "sd/das_online.py"}  # over scripts that they import
 BUDGETS = {"toy": 300, "sd": 400, "dna": 400, "toy/compare.py": 250, "sd/compare.py": 250, "sd/pretrain.py": 450,
            "dna/compare.py": 250, "dna/pretrain.py": 450, "dna/prepare_data.py": 200}  # lines
-OVER = {"sd/das_online.py": 412, "sd/ddpo.py": 422, "sd/constrained_alignment.py": 451, "sd/msdda.py": 467,
-        "sd/dav.py": 483, "sd/and_composition.py": 502, "dna/and_composition.py": 420,
-        "dna/msdda.py": 444, "dna/or_composition.py": 445, "dna/constrained_alignment.py": 456, "dna/dav.py": 520}
+OVER = {"sd/ddpo.py": 413, "sd/constrained_alignment.py": 442, "sd/msdda.py": 443, "sd/dav.py": 474,
+        "sd/and_composition.py": 493, "dna/msdda.py": 412, "dna/constrained_alignment.py": 452, "dna/dav.py": 516}
 # known to be over their budgets, which stand; they must not grow
 
 
@@ -58,7 +57,7 @@ def test_one_name_one_text(folder):
 @pytest.mark.parametrize("name", SPINES)
 def test_spines_are_there(name):
     folder, _, name_there = name.rpartition(": ")
-    texts = {s: definitions(source(s)).get(name_there) for s in SCRIPTS if s.startswith(folder) and s not in ONLINE}
+    texts = {s: definitions(source(s)).get(name_there) for s in SCRIPTS if s.startswith(folder)}
     assert len({text for text in texts.values() if text}) == 1
     for each in [folder] if folder else ("toy", "sd", "dna"):
         assert {s.split("/")[1][:-3] for s, text in texts.items() if text and s.startswith(each)} == SPINES[name]
@@ -77,7 +76,7 @@ def test_form(script):
     assert text.isascii(), "a terminal of any encoding shows --help"
     assert "pyplot" not in text and len(ast.get_docstring(ast.parse(text)).splitlines()) >= 12
     assert {"main", "parse_args"} <= set(definitions(text))
-    assert "# your own" in text or script.split("/")[1] in ("compare.py", "pretrain.py", "prepare_data.py")
+    assert "# your own" in text or script in LOOPS or script.split("/")[1] in ("pretrain.py", "prepare_data.py")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -91,7 +90,7 @@ def test_imports(script):
             for name in [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]:
                 top = name.split(".")[0]
                 siblings = {p.split("/")[1][:-3] for p in SCRIPTS if p.split("/")[0] == script.split("/")[0]}
-                if script.endswith("compare.py") and top in siblings:
+                if script in LOOPS and top in siblings:
                     continue
                 known = packages_distributions().get(top) or [dict(PIL="pillow").get(top, top)]  # not all, on 3.10
                 packages = {p.lower() for p in known}

@@ -21,7 +21,7 @@ What you should see (seed 0): weight of data set 1 for kl and elbo .492 (exact .
 Modes have variance .027 for .025; the published notebook stores only samples of its constrained run: .07 to .10.
 On paper the weights of elbo have a largest KL of log 3, more than the log 2 of equal weights: say which objective.
 """
-import argparse, json, math, pathlib, tempfile, time
+import argparse, json, math, pathlib, time
 
 import torch
 from matplotlib.figure import Figure
@@ -265,7 +265,7 @@ def checked(parser, args):
 
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
+    names = ("problem", "method", "quantity", "estimate", "se", "exact")
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
     print(("{:12} {:20} {:16}" + 4 * "{:>11}").format(*names, "z"))
     for *words, estimate, se, exact in rows:
@@ -273,10 +273,9 @@ def report(args, rows, started, draw):
         cells = ("" if v is None else f"{v:.3f}" for v in (estimate, se, exact, z))
         print(("{:12} {:20} {:16}" + 4 * "{:>11}").format(*words, *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
-    part.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False))
-    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
-    draw().savefig(part, dpi=100, format="png")
-    part.replace(args.out / "figure.png")
+    text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
+    (args.out / "numbers.json").write_text(text)
+    draw().savefig(args.out / "figure.png", dpi=100)
 
 def main(args):
     started, results, rows = time.time(), {}, []
