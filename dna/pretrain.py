@@ -75,11 +75,8 @@ def checked(parser, args):
             parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
     if len(set(args.problem)) < len(args.problem):
         parser.error("--problem names one twice")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / ".writable").touch()  # or it is said now, not after all the work
-    except OSError as error:
-        parser.error(f"--out: {error}")
+    loaded("--out", args.out.mkdir, parents=True, exist_ok=True)
+    loaded("--out", (args.out / ".writable").touch)  # or it is said now, not after all the work
     return args
 
 # ---- the problem: data -----------------------------------------------------------------------------------------------
@@ -250,29 +247,23 @@ def loaded(source, load, *args, **options):
     except Exception as error:  # every library raises its own
         raise Refused(f"{source}: {type(error).__name__}: {error}".splitlines()[0]) from error
 
-class SequenceConv(nn.Conv2d):
-    """Convolution along x (n, L, C) -> (n, L, C'); as Conv2d: on a CPU up to four times as fast as a dilated Conv1d."""
-    def __init__(self, inputs, outputs, kernel, dilation=1):
-        super().__init__(inputs, outputs, (1, kernel), padding=(0, kernel // 2 * dilation), dilation=(1, dilation))
-
-    def forward(self, x):
-        return super().forward(x[:, None].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, 0]
-
 class MaskedDenoiser(nn.Module):
     """Dilated residual convolutions: tokens x (n, L), or a soft one-hot of them (n, L, 5), -> log_p (n, L, 4). It means
     something at masked places alone, and the mask has no probability (SUBS). The exact one does not know the time."""
     def __init__(self, width, kernel, dilations):
         super().__init__()
         self.architecture = dict(width=width, kernel=kernel, dilations=dilations)
-        self.embed, self.head = SequenceConv(5, width, 9), nn.Linear(width, 4)
+        self.embed, self.head = nn.Conv2d(5, width, (1, 9), padding="same"), nn.Linear(width, 4)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in [*dilations, 1])
-        self.layers = nn.ModuleList(SequenceConv(width, width, kernel, d) for d in dilations)
+        self.layers = nn.ModuleList(
+            nn.Conv2d(width, width, (1, kernel), padding="same", dilation=(1, d)) for d in dilations)
 
     def forward(self, x):
-        h = self.embed(x if x.is_floating_point() else F.one_hot(x, 5).to(self.head.weight))
+        x = x if x.is_floating_point() else F.one_hot(x, 5).to(self.head.weight)
+        h = self.embed(x[:, None].movedim(3, 1))  # (n, width, 1, L): on a CPU faster than in one dimension
         for norm, layer in zip(self.norms, self.layers):
-            h = h + F.silu(layer(norm(h)))
-        return self.head(self.norms[-1](h)).log_softmax(2)
+            h = h + F.silu(layer(norm(h.movedim(1, 3)).movedim(3, 1)))
+        return self.head(self.norms[-1](h.movedim(1, 3)[:, 0])).log_softmax(2)
 
 class Oracle(nn.Module):
     """Convolutions and pooling: letters (n, L, 4) -> outputs (n, C) of names. kind: "classes", logits of cell types
@@ -280,16 +271,15 @@ class Oracle(nn.Module):
     def __init__(self, names, kind, width):
         super().__init__()
         self.architecture = dict(names=names, kind=kind, width=width)
-        sizes = ((4, width, 15), (width, width, 7), (width, width, 5))
-        self.layers = nn.ModuleList(SequenceConv(*size) for size in sizes)
-        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in sizes)
-        self.head = nn.Linear(2 * width, len(names))
+        sizes = ((4, 15), (width, 7), (width, 5))
+        self.layers = nn.ModuleList(nn.Conv2d(n, width, (1, kernel), padding="same") for n, kernel in sizes)
+        self.norms, self.head = nn.ModuleList(nn.BatchNorm2d(width) for _ in sizes), nn.Linear(2 * width, len(names))
 
-    def forward(self, h):
+    def forward(self, letters):
+        h = letters[:, None].movedim(3, 1)  # (n, 4, 1, L)
         for layer, norm, window in zip(self.layers, self.norms, (4, 2, 1)):
-            h = F.silu(norm(layer(h).flatten(0, 1)).unflatten(0, (len(h), -1)))
-            h = h[:, : h.shape[1] // window * window].unflatten(1, (-1, window)).amax(2)
-        return self.head(torch.cat([h.mean(1), h.amax(1)], 1))
+            h = F.max_pool2d(F.silu(norm(layer(h))), (1, window))
+        return self.head(torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1))
 
     def score(self, letters, name="hepg2"):
         """A cell type's log odds against the others (n,), nats; activity or log odds of being open as they are."""
@@ -440,5 +430,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (Refused, torch.OutOfMemoryError) as error:  # what a user can mend, in one sentence
-        sys.exit(print(error if type(error) is Refused else "out of memory", file=sys.stderr) or 2)
+    except (Refused, torch.OutOfMemoryError) as e:  # what a user can mend, in one sentence
+        sys.exit(print(e, file=sys.stderr) or 2)

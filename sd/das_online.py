@@ -120,6 +120,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (Refused, torch.OutOfMemoryError) as error:  # what a user can mend, in one sentence
-        memory = "out of memory: take a smaller --chunk"
-        sys.exit(print(error if type(error) is Refused else memory, file=sys.stderr) or 2)
+    except (Refused, torch.OutOfMemoryError) as e:  # what a user can mend, in one sentence
+        sys.exit(print("out of memory: lower --chunk" if isinstance(e, RuntimeError) else e, file=sys.stderr) or 2)

@@ -2,8 +2,7 @@
 Paper: Black, Janner, Du, Kostrikov and Levine, "Training Diffusion Models with Reinforcement Learning", ICLR 2024,
 arXiv 2305.13301; its KL is that of Fan et al. (DPOK), arXiv 2305.16381. figure.png: the baseline of Fig. 2 of DAS.
 Run    python sd/ddpo.py                       miniature model, CLIP score of the prompt; 5 CPU minutes, --quick: 20 s
-       python sd/ddpo.py --reward jpeg         compressibility: the reward needs no gradient
-       python sd/ddpo.py --resume              goes on after an interruption, to the same numbers
+       python sd/ddpo.py --reward jpeg         no gradient is needed; --resume goes on after an interruption
        python sd/ddpo.py --device cuda --paper --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reward aesthetic
            --clip openai/clip-vit-large-patch14 --chunk 2              24 GB; `accelerate launch`: several
 The adapter of each method is in out/sd_ddpo/<method>; diffusers loads it: pipe.load_lora_weights(that folder).
@@ -18,9 +17,8 @@ Algorithm (DDPO-IS)
     3. Adam on the LoRA weights; new paths                                                               `train`
     The KL acts twice: a step's own is differentiated, that of the steps after it is part of its advantage.
 Published: no KL; log_p averaged over 16,384 numbers and a clip at 1e-4, for sums --clip-ratio 1.6.
-What you should see (seed 0): in 16 rounds of 32 images ddpo gains .89 +- .08 for 110 nats, ddpo_kl .41 +- .05 for 27.
-Of the ratios .16 and .13 are beyond the clip, of the first round's .31. In its first five rounds ddpo_kl pays 4 nats a
-round for about .1 of gain: the gradient of 32 images is noisy, and noise costs nats too. To try: --clip-ratio 1.6.
+What you should see (seed 0): in 16 rounds of 32 images ddpo gains .89 +- .08 for 110 nats, ddpo_kl .41 +- .05 for 27;
+of the ratios .16 and .13 are beyond the clip. To try: --clip-ratio 1.6.
 """
 import argparse, csv, io, itertools, json, math, os, pathlib, runpy, sys, time
 import torch
@@ -37,12 +35,12 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 MINI = pathlib.Path(__file__).resolve().parent / "mini"
 PROMPTS = ["a photo of a cat", "a photo of a horse", "a photo of a monkey", "a photo of a fish"]
-METHODS = ["ddpo", "ddpo_kl"]
+METHODS = dict(ddpo=0, ddpo_kl=1)  # of --kl-weight
 
 def parse_args(argv=None):
     parser = common_flags(__doc__, size=(16, 32, 32), quick=(2, 8, 2), paper=(200, 256, 64))
     add = parser.add_argument
-    add("--methods", nargs="+", choices=METHODS, default=METHODS)
+    add("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     add("--kl-weight", type=float, default=0.05, help="of the KL in ddpo_kl")
     add("--rank", type=int, default=8, help="of the adapter")
     add("--lr", type=float, default=2e-3)
@@ -78,14 +76,13 @@ def checked(parser, args):
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 < value + (name == "seed") < 1e9:
             parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
-    try:
-        if args.prompts[0].endswith(".txt"):
-            args.prompts = [*filter(None, map(str.strip, open(args.prompts[0], encoding="utf-8-sig")))]
-        args.weights = {name: float(weight or 1) for name, _, weight in (word.partition("=") for word in args.reward)}
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / ".writable").touch()  # or it is said now, not after all the work
-    except (OSError, ValueError) as error:
-        parser.error(f"--prompts, --reward or --out: {error}")
+    if args.prompts[0].endswith(".txt"):
+        text = loaded("--prompts", pathlib.Path(args.prompts[0]).read_text, "utf-8-sig")
+        args.prompts = [*filter(None, map(str.strip, text.splitlines()))]
+    parts = (word.partition("=") for word in args.reward)
+    args.weights = {name: loaded("--reward", float, weight or 1) for name, _, weight in parts}
+    loaded("--out", args.out.mkdir, parents=True, exist_ok=True)
+    loaded("--out", (args.out / ".writable").touch)  # or it is said now, not after all the work
     if not 0 < len({*args.prompts}) == len(args.prompts) or len(args.weights) < len(args.reward):
         parser.error("--prompts and --reward: there are none, or one stands there twice")
     if not mini and MINI in pathlib.Path(args.clip).resolve().parents and {"clip", "aesthetic"} & {*args.weights}:
@@ -271,7 +268,7 @@ class Diffusion:
         half = dict(variant="fp16") if names and all(".fp16" in name for name in names) else {}
         single = args.model.endswith(".safetensors")
         load = StableDiffusionPipeline.from_single_file if single else StableDiffusionPipeline.from_pretrained
-        pipe = loaded(args.model, load, args.model, safety_checker=None, feature_extractor=None, **half)
+        pipe = loaded(args.model, load, args.model, safety_checker=None, feature_extractor=None, **half).to(device)
         self.pipe, self.unet, config, schedule = pipe, pipe.unet, pipe.unet.config, pipe.scheduler.config
         self.guidance, self.velocity = args.guidance, schedule.prediction_type == "v_prediction"
         abar = getattr(pipe.scheduler, "alphas_cumprod", torch.zeros(1)).double().cpu()
@@ -284,7 +281,6 @@ class Diffusion:
                 (args.steps < len(abar), f"{args.steps + 1} levels, take fewer --steps")):
             if not fits:
                 raise Refused(f"--model {args.model}: this needs Stable Diffusion v1 or v2, with {what}")
-        loaded(args.model, pipe.to, device)
         [part.requires_grad_(False) for part in (pipe.unet, pipe.vae, pipe.text_encoder)]
         # levels even in log SNR: a step that multiplies it by more than the others dominates the KL of a path
         snr, order = (abar / (1 - abar)).log(), torch.arange(args.steps + 1).flip(0)
@@ -377,8 +373,8 @@ def draw(args, found, sheets, traces):
     for method, trace in traces.items():
         axes["gain"].plot([r for r, _, _ in trace], label=method)
         axes["kl"].plot(*([0, found[method][key].mean().cpu()] for key in ("kl", "gain")), "o-")
-    axes["gain"].set_title("gain by round, in standard deviations", fontsize=9)
-    axes["kl"].set_title("gain against the KL of the paths, nats; the base model at 0", fontsize=9)
+    for name, title in dict(gain="by round", kl="against the KL of the paths, nats").items():
+        axes[name].set_title(f"gain, in standard deviations, {title}", fontsize=9)
     axes["gain"].legend(fontsize=8)
     return figure
 
@@ -392,15 +388,13 @@ def main(args):
     gain = make_gain(args, accelerator, model, base[0])
     found = dict(base=as_groups(accelerator, gain, *base))
     for name in args.methods:
-        weight = args.kl_weight if name == "ddpo_kl" else 0
         traces[name] = train(args, accelerator, model, name, rounds,
-                             lambda step: ddpo_update(args, model, gain, step, batch, weight))
+                             lambda step: ddpo_update(args, model, gain, step, batch, METHODS[name] * args.kl_weight))
         found[name] = as_groups(accelerator, gain, *sample_prompts(args, accelerator, model, images, step_kl))
         change = found[name]["gain"] - found["base"]["gain"]
-        clipped = [row[2] for row in traces[name]]
         rows += [("all", name, "gain", change.mean(), (change.var(1).mean() / change.numel()).sqrt(), None),
                  ("all", name, "kl", found[name]["kl"].mean(), None, None),
-                 ("all", name, "clipped", sum(clipped) / rounds, None, None)]
+                 ("all", name, "clipped", sum(clipped for *_, clipped in traces[name]) / rounds, None, None)]
     if accelerator.is_main_process:
         sheets = save_samples(args, model, found)
         report(args, rows, started, lambda: draw(args, found, sheets, traces))
@@ -408,6 +402,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (Refused, torch.OutOfMemoryError) as error:  # what a user can mend, in one sentence
-        memory = "out of memory: take a smaller --chunk"
-        sys.exit(print(error if type(error) is Refused else memory, file=sys.stderr) or 2)
+    except (Refused, torch.OutOfMemoryError) as e:  # what a user can mend, in one sentence
+        sys.exit(print("out of memory: lower --chunk" if isinstance(e, RuntimeError) else e, file=sys.stderr) or 2)

@@ -77,14 +77,13 @@ def checked(parser, args):
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 < value + (name == "seed") < 1e9:
             parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
-    try:
-        if args.prompts[0].endswith(".txt"):
-            args.prompts = [*filter(None, map(str.strip, open(args.prompts[0], encoding="utf-8-sig")))]
-        args.weights = {name: float(weight or 1) for name, _, weight in (word.partition("=") for word in args.reward)}
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / ".writable").touch()  # or it is said now, not after all the work
-    except (OSError, ValueError) as error:
-        parser.error(f"--prompts, --reward or --out: {error}")
+    if args.prompts[0].endswith(".txt"):
+        text = loaded("--prompts", pathlib.Path(args.prompts[0]).read_text, "utf-8-sig")
+        args.prompts = [*filter(None, map(str.strip, text.splitlines()))]
+    parts = (word.partition("=") for word in args.reward)
+    args.weights = {name: loaded("--reward", float, weight or 1) for name, _, weight in parts}
+    loaded("--out", args.out.mkdir, parents=True, exist_ok=True)
+    loaded("--out", (args.out / ".writable").touch)  # or it is said now, not after all the work
     if not 0 < len({*args.prompts}) == len(args.prompts) or len(args.weights) < len(args.reward):
         parser.error("--prompts and --reward: there are none, or one stands there twice")
     if not mini and MINI in pathlib.Path(args.clip).resolve().parents and {"clip", "aesthetic"} & {*args.weights}:
@@ -132,13 +131,10 @@ def cost(model, i):
 def dual_step(dual, slack, curvature, simplex):
     """Multipliers (m,) half way to the maximum of the dual function's quadratic expansion: slack (m,) is its gradient,
     -curvature (m, m) its Hessian; over dual >= 0, of sum one on the simplex. Half way halves the noise of estimates."""
-    unit = slack.abs().max() + curvature.abs().max()  # the solver wants numbers of order one
-
-    def loss(v):
-        v = torch.from_numpy(v) - dual
-        return float((v @ curvature @ v / 2 - v @ slack) / unit)
-
-    found = minimize(loss, dual.numpy(), method="SLSQP", bounds=[(0, None)] * len(dual), options=dict(ftol=1e-12),
+    start, a, b = (v.numpy() for v in (dual, curvature, slack))
+    unit = abs(a).max() + abs(b).max()  # the solver wants numbers of order one
+    loss = lambda v: ((v - start) @ a @ (v - start) / 2 - (v - start) @ b) / unit
+    found = minimize(loss, start, method="SLSQP", bounds=[(0, None)] * len(start), options=dict(ftol=1e-12),
                      constraints=[dict(type="eq", fun=lambda v: v.sum() - 1)] * simplex)
     return (dual + torch.from_numpy(found.x).clamp(min=0)) / 2
 
@@ -233,7 +229,7 @@ class Diffusion:
         half = dict(variant="fp16") if names and all(".fp16" in name for name in names) else {}
         single = args.model.endswith(".safetensors")
         load = StableDiffusionPipeline.from_single_file if single else StableDiffusionPipeline.from_pretrained
-        pipe = loaded(args.model, load, args.model, safety_checker=None, feature_extractor=None, **half)
+        pipe = loaded(args.model, load, args.model, safety_checker=None, feature_extractor=None, **half).to(device)
         self.pipe, self.unet, config, schedule = pipe, pipe.unet, pipe.unet.config, pipe.scheduler.config
         self.guidance, self.velocity = args.guidance, schedule.prediction_type == "v_prediction"
         abar = getattr(pipe.scheduler, "alphas_cumprod", torch.zeros(1)).double().cpu()
@@ -246,7 +242,6 @@ class Diffusion:
                 (args.steps < len(abar), f"{args.steps + 1} levels, take fewer --steps")):
             if not fits:
                 raise Refused(f"--model {args.model}: this needs Stable Diffusion v1 or v2, with {what}")
-        loaded(args.model, pipe.to, device)
         [part.requires_grad_(False) for part in (pipe.unet, pipe.vae, pipe.text_encoder)]
         # levels even in log SNR: a step that multiplies it by more than the others dominates the KL of a path
         snr, order = (abar / (1 - abar)).log(), torch.arange(args.steps + 1).flip(0)
@@ -384,6 +379,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (Refused, torch.OutOfMemoryError) as error:  # what a user can mend, in one sentence
-        memory = "out of memory: take a smaller --chunk"
-        sys.exit(print(error if type(error) is Refused else memory, file=sys.stderr) or 2)
+    except (Refused, torch.OutOfMemoryError) as e:  # what a user can mend, in one sentence
+        sys.exit(print("out of memory: lower --chunk" if isinstance(e, RuntimeError) else e, file=sys.stderr) or 2)

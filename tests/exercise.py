@@ -56,7 +56,7 @@ fill, 30 minutes | the product of kernels and C_t | toy/msdda.py | merge | preci
     prod_i N(mean_i, v_i)^w_i = C N(mean, v): precisions add, means are averaged by precision, log C is the rest
     sum_i w_i log N_i = log C + log N at every x
     Take both sides at x = mean. | toy/msdda.py: sliced W2 of msdda .28, of msdda_ct .03
-fill, 25 minutes | dual step | toy/constrained_alignment.py | dual_step | v = ... return float | found = ... return (
+fill, 25 minutes | dual step | toy/constrained_alignment.py | dual_step | loss = ... return (
     half way to the maximum of v's - v'Av / 2, v the move from dual: over dual >= 0, with sum one on the simplex
     closed forms for diagonal A: orthant, simplex
     minimize wants the negative, in units of its size. | toy/constrained_alignment.py: multipliers, dotted: exact

@@ -106,13 +106,10 @@ class Problem:
 def dual_step(dual, slack, curvature, simplex):
     """Multipliers (m,) half way to the maximum of the dual function's quadratic expansion: slack (m,) is its gradient,
     -curvature (m, m) its Hessian; over dual >= 0, of sum one on the simplex. Half way halves the noise of estimates."""
-    unit = slack.abs().max() + curvature.abs().max()  # the solver wants numbers of order one
-
-    def loss(v):
-        v = torch.from_numpy(v) - dual
-        return float((v @ curvature @ v / 2 - v @ slack) / unit)
-
-    found = minimize(loss, dual.numpy(), method="SLSQP", bounds=[(0, None)] * len(dual), options=dict(ftol=1e-12),
+    start, a, b = (v.numpy() for v in (dual, curvature, slack))
+    unit = abs(a).max() + abs(b).max()  # the solver wants numbers of order one
+    loss = lambda v: ((v - start) @ a @ (v - start) / 2 - (v - start) @ b) / unit
+    found = minimize(loss, start, method="SLSQP", bounds=[(0, None)] * len(start), options=dict(ftol=1e-12),
                      constraints=[dict(type="eq", fun=lambda v: v.sum() - 1)] * simplex)
     return (dual + torch.from_numpy(found.x).clamp(min=0)) / 2
 
