@@ -16,11 +16,10 @@ Algorithm: 1. msdda: ask all models for their letters, where one was set since t
 soup averages the parameters (Rewarded Soup; tables have none); target weights p's samples by exp(sum_i w_i r_i).
 The theorem: let V_i = E[r_i | x] under p. Kernels p(letter) exp(V_i) multiply to that of sum_i w_i r_i: V is linear
     in r. Models of p exp(r_i) do so only as paths: the merge drops C.
-What you should see (seed 0): mpsa, exact, at (1/2, 1/2): the theorem's models merge without error, but to a
-    distribution .307 nats from the target; models of p exp(r_i) merge to one .058 nats away, blended to one .373 away.
-    Mean inclusion at (1/4, 3/4): msdda .576, with C .414, target .429; at (1/2, 1/2) 1.487, 1.448, 1.498, where the 64
-    steps cost more than C. hepg2: the models are 2 nats apart and C changes nothing: log P by oracle B is -2.09, -1.68
-    for msdda, -2.11, -1.66 with C, -2.11, -1.68 for the soup, se .14, .11; target -1.93, -1.66. At (1, 1) the soup has
+What you should see (seed 0): mpsa, exact, at (1/2, 1/2): the theorem's models merge to a distribution .307 nats from
+    the target, models of p exp(r_i) to one .058 away, blended .373. Mean inclusion at (1/4, 3/4): msdda .576, with C
+    .414, target .429. hepg2: the models are 2 nats apart and C changes nothing: log P by oracle B is -2.09, -1.68 for
+    msdda, -2.11, -1.66 with C, -2.11, -1.68 for the soup, se .14, .11; target -1.93, -1.66. At (1, 1) the soup has
     106.5 letters G and C, msdda 96.4, the target 94.7 +- 1.6. To try: --steps 512 --problem mpsa.
 """
 import argparse, copy, json, math, os, pathlib, sys, time

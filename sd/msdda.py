@@ -16,10 +16,10 @@ Algorithm, at every step from noise to image
 toy/msdda.py has variances that differ, and the exact answers. soup averages the changes B A of the weights, that is
     Rewarded Soup. rgg moves the base model's mean along the reward's gradient, code keeps the best forecast of 4
     particles after every 5 steps: both see the rewards.
-What you should see (seed 0, three training seeds): alone the adapters gain 4.67 and 2.59 of their own
-    reward and lose 2.41 and 1.68 of the other. Weighted gain at (1/2, 1/2): msdda, which is blend, 1.01 +- .05 in 20
-    calls of the UNet, soup .012 +- .006 more in 10, soup_factors .44 +- .05 less; msdda_ct .14 +- .06 more, with 3.2 of
-    4 particles effective; rgg .40, code .74 in 44 calls. To try: --sweep 0.1 0.5 0.9, or other adapters by --lora.
+What you should see (seed 0, three training seeds): alone the adapters gain 4.67 and 2.59 of their own reward and lose
+    2.41 and 1.68 of the other. Weighted gain at (1/2, 1/2): msdda 1.01 +- .05 in 20 calls of the UNet, soup .012 +-
+    .006 more in 10; msdda_ct .14 +- .06 more, with 3.2 of 4 particles effective; rgg .40, code .74 in 44 calls. To try:
+    --sweep 0.1 0.5 0.9, or other adapters by --lora.
 """
 import argparse, csv, glob, io, json, math, os, pathlib, runpy, sys, time
 import torch
@@ -35,7 +35,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 MINI = pathlib.Path(__file__).resolve().parent / "mini"
 PROMPTS = ["a photo of a cat", "a photo of a horse", "a photo of a monkey", "a photo of a fish"]
-METHODS = dict(soup="#CC79A7", msdda="#D55E00", msdda_ct="#0072B2", rgg="0.3", code="0.6")
+METHODS = dict(msdda="#D55E00", msdda_ct="#0072B2", soup="#CC79A7", rgg="0.3", code="0.6")
 ADAPTERS = [str(MINI.parent / "adapters" / f"{name}*") for name in ("muted", "contrast")]
 
 def parse_args(argv=None):
@@ -216,28 +216,27 @@ def msdda(model, asked, weights, x, corrected=False, twist=None):
     return state["x"], log_w
 
 def sample(args, model, gains, names, weights, method):
-    """A method at weights (2,) of the rewards -> x, log_w, gain (K, G, P), gains (2, K, G, P), calls of the UNet for an
-    image. names: of the two adapters."""
+    """A method at weights (2,) of the rewards -> x, log_w, gain (K, G, P), and {quantity: value}: each gain, calls of
+    the UNet for an image. names: of the two adapters; gains: functions of latents and prompt numbers."""
     (groups, particles), prompts, calls = args.size[:2], len(args.prompts), []
     number = torch.arange(prompts).repeat_interleave(groups)
     def ask(scales):
         return lambda x, i: calls.append(x.shape[1]) or adapted(model, scales, x, i, number, args.chunk)
-    def rewards(x):  # latents (K G, P, C, h, w) -> (2, K G, P)
+    def rewards(x):  # latents (K G, P, C, h, w) -> both, and their weighted sum (3, K G, P)
         k = number.repeat_interleave(particles)
-        return torch.stack([gain(x.flatten(0, 1), k).view(x.shape[:2]) for gain in gains])
-    def total(x):
-        return torch.einsum("m,m...->...", x.new_tensor(weights), rewards(x))
+        both = torch.stack([gain(x.flatten(0, 1), k).view(x.shape[:2]) for gain in gains])
+        return torch.stack([*both, weights[0] * both[0] + weights[1] * both[1]])
     def guided(x, i):  # RGG: the mean moves along the gradient in x_t, of which the UNet is taken to be independent
         a, b, eps = model.abar[i], model.abar[i + 1], base(x, i)
         with torch.enable_grad():
             x0_hat = forecast(x, eps, a).requires_grad_()
-            grad = torch.autograd.grad(total(x0_hat).sum(), x0_hat)[0] / a**0.5 / args.kl_weight
+            grad = torch.autograd.grad(rewards(x0_hat)[2].sum(), x0_hat)[0] / a**0.5 / args.kl_weight
         slope, sigma = kernel(0, 1, a, b)  # of the mean in eps
         return eps + min((1 + args.gamma) ** (100 * i / args.steps) - 1, 1) * sigma**2 / slope * grad
     def best(x, i):  # CoDe: after every 5 steps the particle of the best forecast takes all places of its group
         if i % 5:
             return torch.zeros(x.shape[:2])
-        return 1e4 * total(x if i == args.steps else forecast(x, base(x, i), model.abar[i]))
+        return 1e4 * rewards(x if i == args.steps else forecast(x, base(x, i), model.abar[i]))[2]
     base, alone = ask({}), [ask({name: 1.0}) for name in names]
     rules = dict(soup=[ask(dict(zip(names, weights)))], rgg=[guided], code=[base], base=[base])
     rules |= {word: [f] for word, f in zip(reward_words(args), alone)}
@@ -246,23 +245,15 @@ def sample(args, model, gains, names, weights, method):
     x = torch.randn(len(number), particles, *model.shape)
     x, log_w = msdda(model, asked, weights if len(asked) > 1 else [1.0], x, method == "msdda_ct",
                      best if method == "code" else None)
-    calls = sum(calls) / (1 if method == "code" else particles)
     with torch.no_grad():
-        r = rewards(x)
-    found = dict(x=x, log_w=log_w, gain=torch.einsum("m,m...->...", x.new_tensor(weights), r))
-    found = {key: value.unflatten(0, (prompts, groups)) for key, value in found.items()}
-    return found | dict(gains=r.unflatten(1, (prompts, groups)), calls=calls, method=method)
-
-def measure(args, out, weights):
-    """{quantity: value} of what sample returns."""
-    w = out["log_w"].softmax(2)
-    values = (out["gains"] * w).sum(3).mean((1, 2))
-    rows = {f"gain_{word}": v for word, v in zip(reward_words(args), values)}
-    rows |= dict(weighted_gain=values @ values.new_tensor(weights), calls=torch.tensor(out["calls"]))
-    if out["method"] == "msdda_ct":
-        rows |= dict(log_z=out["log_w"].logsumexp(2).mean() - math.log(w.shape[2]))
-        rows |= dict(effective_size=(1 / w.square().sum(2)).mean())
-    return {key: v.item() for key, v in rows.items()}
+        r, w = rewards(x), log_w.softmax(1)
+    values = dict(zip([f"gain_{word}" for word in reward_words(args)] + ["weighted_gain"], (r * w).sum(2).mean(1)))
+    values["calls"] = sum(calls) / (1 if method == "code" else particles)
+    if method == "msdda_ct":
+        values["log_z"] = log_w.logsumexp(1).mean() - math.log(particles)
+        values["effective_size"] = (1 / w.square().sum(1)).mean()
+    found = {key: v.unflatten(0, (prompts, groups)) for key, v in dict(x=x, log_w=log_w, gain=r[2]).items()}
+    return found, {key: float(v) for key, v in values.items()}
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 class Refused(ValueError):
@@ -400,7 +391,7 @@ def draw(args, rows, sheets):
 def main(args):
     started, found, sheets, accelerator = time.time(), [], {}, Accelerator(cpu=args.device == "cpu")
     torch.set_default_device(accelerator.device)
-    model, words, half = Diffusion(args, accelerator.device), reward_words(args), [0.5, 0.5]
+    model, words = Diffusion(args, accelerator.device), reward_words(args)
     print("COARSE: numbers mean nothing" if args.size[2] < 3 else "gain: reward in standard deviations of the base "
           "model's; se: over training seeds (rgg and code have none); change: from msdda; calls: of the UNet")
     number = torch.arange(len(args.prompts)).repeat_interleave(4)
@@ -415,20 +406,18 @@ def main(args):
         names = [f"{word}_{seed}" for word in words]
         for folder, name in zip(pair, names):
             load_adapter(model, folder, name)
-        keep = {method: sample(args, model, gains, names, half, method) for method in ["base", *words]}
-        rows = {("alone", m, key): v for m, out in keep.items() for key, v in measure(args, out, half).items()}
-        for first in args.sweep:
-            weights, problem = [first, 1 - first], f"weight_{first:g}"
-            methods = [m for m in METHODS if not seed or m not in ("rgg", "code")]  # which have no adapters
-            outs = {m: sample(args, model, gains, names, weights, m) for m in methods}
-            rows |= {(problem, method, key): v for method, out in outs.items()
-                     for key, v in measure(args, out, weights).items()}
-            rows |= {(problem, method, "change"): rows[problem, method, "weighted_gain"] -
-                     rows[problem, "msdda", "weighted_gain"] for method in outs if method != "msdda"}
-            keep |= outs if first == args.sweep[0] else {}
+        jobs = [("alone", [0.5, 0.5], method) for method in ["base", *words]]
+        jobs += [(f"weight_{w:g}", [w, 1 - w], method) for w in args.sweep for method in METHODS
+                 if not seed or method not in ("rgg", "code")]  # which have no adapters
+        rows, keep = {}, {}
+        for problem, weights, method in jobs:
+            out, values = sample(args, model, gains, names, weights, method)
+            if problem != "alone" and method != "msdda":
+                values["change"] = values["weighted_gain"] - rows[problem, "msdda", "weighted_gain"]
+            rows |= {(problem, method, key): v for key, v in values.items()}
+            keep.setdefault(method, out)
         found.append(rows)
-        sheets = sheets or save_samples(args, model, {m: {key: out[key] for key in ("x", "gain", "log_w")}
-                                                      for m, out in keep.items()})
+        sheets = sheets or save_samples(args, model, keep)
     table = {key: torch.tensor([rows[key] for rows in found if key in rows], dtype=torch.float64) for key in found[0]}
     rows = [(*key, v.mean(), v.std() / len(v) ** 0.5 if len(v) > 1 else None, None) for key, v in table.items()]
     report(args, rows, started, lambda: draw(args, rows, sheets))

@@ -36,7 +36,8 @@ def gains():
     return [lambda x, k: x[:, 0, 0, 0], lambda x, k: -x.flatten(1).square().sum(1)]
 
 def draw(args, method, module=m, weights=WEIGHTS, world=None):
-    return module.sample(args, world or World(), gains(), ["a", "b"], list(weights), method)
+    out, values = module.sample(args, world or World(), gains(), ["a", "b"], list(weights), method)
+    return out | values
 
 def log_z(world, weights):
     """sum over steps of log C_t, from the shift of the kernels' means by the forecasts."""
@@ -46,20 +47,19 @@ def log_z(world, weights):
         total -= weights[0] * weights[1] * (b**0.5 * (1 - a / b)) ** 2 * apart / 2 / sigma2
     return total
 
-def test_merge_of_equal_variances_is_the_blend_and_here_the_soup(args):
-    found = [draw(args, method)["x"] for method in ("blend", "msdda", "soup")]
-    assert found[0].shape == (2, 3, 4, 2, 1, 1)
-    assert max((found[0] - x).abs().max() for x in found[1:]) < 1e-5
+def test_the_merge_is_here_the_soup(args):
+    found = [draw(args, method)["x"] for method in ("msdda", "soup")]
+    assert found[0].shape == (2, 3, 4, 2, 1, 1) and (found[0] - found[1]).abs().max() < 1e-5
     assert (found[0] - draw(args, "msdda", weights=(0.5, 0.5))["x"]).abs().max() > 0.1
 
 def test_c_t_is_the_normaliser_of_the_product_of_kernels(args):
     out = draw(args, "msdda_ct")
     assert (out["log_w"] - log_z(World(), WEIGHTS)).abs().max() < 1e-3
-    assert abs(m.measure(args, out, list(WEIGHTS))["effective_size"] - 4) < 1e-4
+    assert abs(out["effective_size"] - 4) < 1e-4
     assert not draw(args, "msdda")["log_w"].any()
 
 @pytest.mark.parametrize("old, new", [("log_c * corrected", "-log_c * corrected"),
-                                      ("-log_c.sum(-1) / 2", "-log_c.sum(-1)"), ("sigma**2), weights", "sigma), weights")])
+                                      ("/ sigma**2 / 2", "/ sigma**2"), ("/ sigma**2 / 2", "/ sigma / 2")])
 def test_a_wrong_c_t_is_caught(args, old, new):
     out = draw(args, "msdda_ct", planted("sd/msdda.py", (old, new)))
     assert (out["log_w"] - log_z(World(), WEIGHTS)).abs().max() > 0.1
@@ -98,22 +98,12 @@ def test_rgg_by_hand(args):
         shift = keep * shift + strength * sigma**2 / a**0.5 / 2
     assert ((moved - plain)[..., 0, 0, 0] - shift).abs().max() < 1e-4 and (moved - plain)[..., 1, 0, 0].abs().max() < 1e-5
 
-def test_soup_adds_adapters_and_the_average_of_factors_does_not(args):
-    model, x, number = m.Diffusion(args, "cpu"), None, torch.arange(2)
-    for name, folder in dict(a="muted", b="contrast", factors="muted").items():
+def test_adapters_stand_alone_and_add(args):
+    model, x, number = m.Diffusion(args, "cpu"), torch.randn(2, 1, 4, 8, 8), torch.arange(2)
+    for name, folder in dict(a="muted", b="contrast").items():
         m.load_adapter(model, str(REPOSITORY / "sd/adapters" / folder), name)
-    key = next(k for k in dict(model.unet.named_parameters()) if ".lora_A.factors." in k)
-    def change(name, scale=1.0):
-        parts = dict(model.unet.named_parameters())
-        return scale * parts[key.replace("factors", name).replace("_A", "_B")] @ parts[key.replace("factors", name)]
-    m.average_factors(model, ["a", "b"], [1.0, 0.0])
-    assert torch.equal(change("factors"), change("a"))
-    m.average_factors(model, ["a", "b"], [0.5, 0.5])
-    soup = change("a", 0.5) + change("b", 0.5)
-    assert (change("factors") - soup).norm() > 0.3 * soup.norm()
-    x = torch.randn(2, 1, *model.shape)
     one, two, both = (m.adapted(model, s, x, 5, number, 64) for s in ({"a": 1.0}, {"b": 1.0}, {"a": 1.0, "b": 0.0}))
-    assert (one - both).abs().max() < 1e-5 < (one - two).abs().max()
+    assert x.shape[2:] == model.shape and (one - both).abs().max() < 1e-5 < (one - two).abs().max()
 
 @pytest.mark.parametrize("flags", ["--sweep 0.5 1.5", "--reward clip", "--reward clip clip", "--kl-weight 0"])
 def test_bad_flags_are_one_sentence(flags, capsys, tmp_path):
