@@ -21,7 +21,6 @@ What you should see (seed 0): mpsa, the best multipliers are (.414, .586), worst
 """
 import argparse, json, math, os, pathlib, sys, time
 import numpy as np
-import safetensors
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
 from matplotlib.figure import Figure
@@ -75,7 +74,7 @@ class World:
     def __init__(self, args, name):
         self.name, self.p = name, None
         self.steps, self.kl_weight = (args.steps or 64, 0.5) if name == "mpsa" else (args.steps or 32, 0.25)
-        self.net, self.length = load_network(args.checkpoints / f"{name}_base.safetensors", MaskedDenoiser)
+        self.net, self.length = load_network(args.checkpoints / f"{name}_base.pt", MaskedDenoiser)
         self.denoiser = self.net
         if name == "mpsa":
             table, self.length = loaded(HERE / "splice_sites.npz", np.load, HERE / "splice_sites.npz"), 9
@@ -103,9 +102,9 @@ class Parts:
     def __init__(self, args, world):
         self.names, self.log_q, self.best = args.cells, None, {}
         if world.p is None:
-            files = [args.checkpoints / f"{world.name}_cell_{cell}.safetensors" for cell in args.cells]
+            files = [args.checkpoints / f"{world.name}_cell_{cell}.pt" for cell in args.cells]
             self.denoisers = [load_network(file, MaskedDenoiser)[0] for file in files]
-            files = {k: args.checkpoints / f"{world.name}_oracle_{k}.safetensors" for k in "ab"}
+            files = {k: args.checkpoints / f"{world.name}_oracle_{k}.pt" for k in "ab"}
             self.oracles = {k: load_network(file, Oracle)[0] for k, file in files.items()}
             return
         gc = F.one_hot(torch.cartesian_prod(*[torch.arange(4)] * 9), 4)[..., 1:3].sum((1, 2)).double()
@@ -284,13 +283,10 @@ class Oracle(nn.Module):
 
 def load_network(path, kind):
     """A MaskedDenoiser or Oracle that pretrain.py saved -> network, frozen; length of its sequences."""
-    def load():
-        with safetensors.safe_open(path, "pt", device=str(torch.get_default_device())) as file:
-            about = file.metadata()
-            net = kind(**json.loads(about["architecture"]))
-            net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-        return net.eval().requires_grad_(False), json.loads(about["settings"]).get("length", 200)
-    return loaded(path, load)
+    saved = loaded(path, torch.load, path, torch.get_default_device(), weights_only=True)
+    net = kind(**saved["architecture"])
+    net.load_state_dict(saved["weights"])
+    return net.eval().requires_grad_(False), saved["settings"].get("length", 200)
 
 # ---- files, figure, main ---------------------------------------------------------------------------------------------
 def save_sequences(args, found):

@@ -210,9 +210,9 @@ def draw(rows):
 def main(args):
     started, folder = time.time(), das.HERE / "checkpoints"
     torch.set_flush_denormal(True)  # numbers that small slow a backward pass on a CPU down by five
-    nets = {k: das.load_network(folder / f"hepg2_{k}.safetensors", das.Oracle)[0]
+    nets = {k: das.load_network(folder / f"hepg2_{k}.pt", das.Oracle)[0]
             for k in ("oracle_a", "oracle_b", "accessibility")}
-    nets["base"] = das.load_network(folder / "hepg2_base.safetensors", das.MaskedDenoiser)[0]
+    nets["base"] = das.load_network(folder / "hepg2_base.pt", das.MaskedDenoiser)[0]
     data = read_elements(das.HERE / "elements.npz")
     folder, _ = point(args, das, f"{RUNS[0][1][-1]} {RUNS[0][2]}")
     base, test = torch.tensor(np.load(folder / "sequences.npz")["hepg2/pretrained/x"][:, 0]), data.chrom == 1

@@ -19,7 +19,6 @@ What you should see (seed 0): hepg2, oracle A / B from -2.2 / -2.0 to 8.0 / 3.9 
 """
 import argparse, copy, json, math, os, pathlib, runpy, sys, time
 import numpy as np
-import safetensors
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
 from matplotlib.figure import Figure
@@ -79,7 +78,7 @@ class World:
     def __init__(self, args, name):
         self.name, self.p = name, None
         self.steps, self.kl_weight = (args.steps or 64, 0.5) if name == "mpsa" else (args.steps or 32, 0.25)
-        self.net, self.length = load_network(args.checkpoints / f"{name}_base.safetensors", MaskedDenoiser)
+        self.net, self.length = load_network(args.checkpoints / f"{name}_base.pt", MaskedDenoiser)
         self.denoiser = self.net
         if name == "mpsa":
             table, self.length = loaded(HERE / "splice_sites.npz", np.load, HERE / "splice_sites.npz"), 9
@@ -93,7 +92,7 @@ class Rewarded(World):
         if name == "mpsa":
             self.reward, self.held_out = TableReward(self.r), TableReward(self.held_r)
         else:
-            files = [args.checkpoints / f"{name}_oracle_{k}.safetensors" for k in "ab"]
+            files = [args.checkpoints / f"{name}_oracle_{k}.pt" for k in "ab"]
             self.reward, self.held_out = (load_network(file, Oracle)[0].score for file in files)
         if args.reward != "activity":  # your own
             path, _, own = args.reward.rpartition(":")
@@ -306,13 +305,10 @@ class Oracle(nn.Module):
 
 def load_network(path, kind):
     """A MaskedDenoiser or Oracle that pretrain.py saved -> network, frozen; length of its sequences."""
-    def load():
-        with safetensors.safe_open(path, "pt", device=str(torch.get_default_device())) as file:
-            about = file.metadata()
-            net = kind(**json.loads(about["architecture"]))
-            net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-        return net.eval().requires_grad_(False), json.loads(about["settings"]).get("length", 200)
-    return loaded(path, load)
+    saved = loaded(path, torch.load, path, torch.get_default_device(), weights_only=True)
+    net = kind(**saved["architecture"])
+    net.load_state_dict(saved["weights"])
+    return net.eval().requires_grad_(False), saved["settings"].get("length", 200)
 
 # ---- files, figure, main ---------------------------------------------------------------------------------------------
 def save_sequences(args, found):

@@ -23,7 +23,6 @@ What you should see (seed 0): mpsa, kl: KLs .63 and .62 (mixture: .44 each) at a
 """
 import argparse, copy, json, math, os, pathlib, sys, time
 import numpy as np
-import safetensors
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
 from matplotlib.figure import Figure
@@ -85,7 +84,7 @@ class World:
     def __init__(self, args, name):
         self.name, self.p = name, None
         self.steps, self.kl_weight = (args.steps or 64, 0.5) if name == "mpsa" else (args.steps or 32, 0.25)
-        self.net, self.length = load_network(args.checkpoints / f"{name}_base.safetensors", MaskedDenoiser)
+        self.net, self.length = load_network(args.checkpoints / f"{name}_base.pt", MaskedDenoiser)
         self.denoiser = self.net
         if name == "mpsa":
             table, self.length = loaded(HERE / "splice_sites.npz", np.load, HERE / "splice_sites.npz"), 9
@@ -110,7 +109,7 @@ class ExactDenoiser:
 def models(args, world):
     """{name: denoiser} of the models q_i, and of mpsa log q_i (m, 4^9)."""
     if world.p is None:
-        file = lambda cell: args.checkpoints / f"{world.name}_cell_{cell}.safetensors"
+        file = lambda cell: args.checkpoints / f"{world.name}_cell_{cell}.pt"
         return {cell: load_network(file(cell), MaskedDenoiser)[0] for cell in args.cells}, None
     x = torch.cartesian_prod(*[torch.arange(4)] * world.length)
     gc = ((x == 1) | (x == 2)).sum(1)
@@ -259,13 +258,10 @@ class MaskedDenoiser(nn.Module):
 
 def load_network(path, kind):
     """A MaskedDenoiser or Oracle that pretrain.py saved -> network, frozen; length of its sequences."""
-    def load():
-        with safetensors.safe_open(path, "pt", device=str(torch.get_default_device())) as file:
-            about = file.metadata()
-            net = kind(**json.loads(about["architecture"]))
-            net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-        return net.eval().requires_grad_(False), json.loads(about["settings"]).get("length", 200)
-    return loaded(path, load)
+    saved = loaded(path, torch.load, path, torch.get_default_device(), weights_only=True)
+    net = kind(**saved["architecture"])
+    net.load_state_dict(saved["weights"])
+    return net.eval().requires_grad_(False), saved["settings"].get("length", 200)
 
 # ---- measures, figure, main ------------------------------------------------------------------------------------------
 @torch.no_grad()

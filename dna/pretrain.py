@@ -28,7 +28,6 @@ What you should see (shipped networks): T steps are 0.34 / T of total variation 
 """
 import argparse, copy, itertools, json, math, os, pathlib, sys, time, types
 import numpy as np
-import safetensors.torch
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
 from matplotlib.figure import Figure
@@ -169,9 +168,9 @@ def either_strand(x):
     return torch.where(torch.rand(len(x), 1) < 0.5, 3 - x.flip(1), x)
 
 def fit(args, name, net, loss, updates, length):
-    """Adam on loss(net) -> the moving average of the weights, saved as name.safetensors; without --train what is saved.
+    """Adam on loss(net) -> the moving average of the weights, saved as name.pt; without --train what is saved.
     The learning rate is constant after a warm-up and falls to zero over the last quarter."""
-    path, part = (args.out if args.train else args.checkpoints) / f"{name}.safetensors", args.out / f"{name}.part"
+    path, part = (args.out if args.train else args.checkpoints) / f"{name}.pt", args.out / f"{name}.part"
     if not args.train or args.resume and path.exists():
         return load_network(path, type(net))[0]
     optimizer = torch.optim.Adam(net.train().parameters(), args.lr, betas=(0.9, 0.99), fused=True)
@@ -201,10 +200,9 @@ def fit(args, name, net, loss, updates, length):
             torch.save(dict(flags=flags, step=step + 1) | state, part.with_suffix(".tmp"))
             part.with_suffix(".tmp").replace(part)
     [value.copy_(mean) for value, mean in zip(values, average)]
-    about = dict(architecture=json.dumps(net.architecture), settings=json.dumps(dict(length=length, flags=flags)))
-    safetensors.torch.save_file(net.state_dict(), path.with_suffix(".tmp"), about)
-    path.with_suffix(".tmp").replace(path)
-    part.unlink(missing_ok=True)
+    settings = dict(length=length, steps=updates, lr=args.lr, seed=args.seed)
+    torch.save(dict(architecture=net.architecture, settings=settings, weights=net.state_dict()), part)
+    part.replace(path)
     return net.eval().requires_grad_(False)
 
 # ---- the price of independent letters --------------------------------------------------------------------------------
@@ -289,13 +287,10 @@ class Oracle(nn.Module):
 
 def load_network(path, kind):
     """A MaskedDenoiser or Oracle that pretrain.py saved -> network, frozen; length of its sequences."""
-    def load():
-        with safetensors.safe_open(path, "pt", device=str(torch.get_default_device())) as file:
-            about = file.metadata()
-            net = kind(**json.loads(about["architecture"]))
-            net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-        return net.eval().requires_grad_(False), json.loads(about["settings"]).get("length", 200)
-    return loaded(path, load)
+    saved = loaded(path, torch.load, path, torch.get_default_device(), weights_only=True)
+    net = kind(**saved["architecture"])
+    net.load_state_dict(saved["weights"])
+    return net.eval().requires_grad_(False), saved["settings"].get("length", 200)
 
 # ---- measures, figure, main ------------------------------------------------------------------------------------------
 def report(args, rows, started, draw):

@@ -170,7 +170,7 @@ def test_elements_have_known_networks(tmp_path):
     letters = F.one_hot(x, 4).float()
     assert world.reward(letters).mean().item() == pytest.approx(-3.2835, abs=1e-3)  # of the record of the training
     assert world.held_out(letters).mean().item() == pytest.approx(-3.1515, abs=1e-3)
-    oracle, _ = das.load_network(SOURCE / "dna/checkpoints/hepg2_oracle_a.safetensors", das.Oracle)
+    oracle, _ = das.load_network(SOURCE / "dna/checkpoints/hepg2_oracle_a.pt", das.Oracle)
     odds = oracle(letters).log_softmax(1)
     for k, name in enumerate(["gm12878", "hepg2", "k562", "hesc"]):
         assert torch.allclose(oracle.score(letters, name), torch.logit(odds[:, k].exp()), atol=1e-2)

@@ -220,7 +220,7 @@ def test_training_learns_and_goes_on_after_an_interruption(tmp_path):
         fit(tmp_path / "b", "--resume", "--lr", "0.1")
     parts = fit(tmp_path / "b", "--resume")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
-    saved, length = das.load_network(tmp_path / "b/net.safetensors", das.MaskedDenoiser)
+    saved, length = das.load_network(tmp_path / "b/net.pt", das.MaskedDenoiser)
     assert length == 9 and torch.equal(saved(X), whole(X)) and not (tmp_path / "b/net.part").exists()
     x = X[P.multinomial(2000, replacement=True)]
     before, now = (pretrain.masked_bound(net, x, 4).mean() for net in (pretrain.MaskedDenoiser(4, 3, [1]), whole))
