@@ -90,7 +90,6 @@ class ExactDenoiser:
         for axis in range(length):
             mass = torch.cat([mass, mass.sum(axis, keepdim=True)], axis)
         self.log_mass, self.place = mass.log().flatten(), 5 ** torch.arange(length - 1, -1, -1)
-
     def __call__(self, x):
         state = (x * self.place).sum(1)[:, None, None]
         letter = (torch.arange(4) - x[:, :, None]) * self.place[:, None]  # (n, L, 4): what it changes
@@ -114,7 +113,6 @@ class Parts:
         for _ in range(60):
             dual = dual_step(dual, *self.product(dual)[:2], simplex=True)
         self.best = dict(zip(("dual_included", "dual_gc_rich"), dual), worst_kl=self.product(dual)[0].max())
-
     def judge(self, x):
         """Sequences x (n, L) -> {row: value (n,)}: log odds of each cell type, and if they are above chance in all."""
         if self.log_q is not None:
@@ -126,7 +124,6 @@ class Parts:
             above = torch.stack([*odds.values()]) > -math.log(len(oracle.architecture["names"]) - 1)
             values |= odds | {f"{key}_all": above.all(0).float()}
         return values
-
     def product(self, dual):
         """Of p = prod_i q_i^dual_i / Z, exactly: KL(p || q_i) (m,), whose mean by dual is -log Z; covariance of log_q
         (m, m); {row: exact value}, with the best multipliers and worst KL; {} where nothing is enumerated."""
@@ -251,7 +248,6 @@ class MaskedDenoiser(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in [*dilations, 1])
         self.layers = nn.ModuleList(
             nn.Conv2d(width, width, (1, kernel), padding="same", dilation=(1, d)) for d in dilations)
-
     def forward(self, x):
         x = x if x.is_floating_point() else F.one_hot(x, 5).to(self.head.weight)
         h = self.embed(x[:, None].movedim(3, 1))  # (n, width, 1, L): on a CPU faster than in one dimension
@@ -268,13 +264,11 @@ class Oracle(nn.Module):
         sizes = ((4, 15), (width, 7), (width, 5))
         self.layers = nn.ModuleList(nn.Conv2d(n, width, (1, kernel), padding="same") for n, kernel in sizes)
         self.norms, self.head = nn.ModuleList(nn.BatchNorm2d(width) for _ in sizes), nn.Linear(2 * width, len(names))
-
     def forward(self, letters):
         h = letters[:, None].movedim(3, 1)  # (n, 4, 1, L)
         for layer, norm, window in zip(self.layers, self.norms, (4, 2, 1)):
             h = F.max_pool2d(F.silu(norm(layer(h))), (1, window))
         return self.head(torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1))
-
     def score(self, letters, name="hepg2"):
         """A cell type's log odds against the others (n,), nats; activity or log odds of being open as they are."""
         out, k = self(letters), self.architecture["names"].index(name)

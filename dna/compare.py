@@ -43,20 +43,7 @@ RUNS = [  # script, flags of its runs, a point of the front each (of dav: rounds
     (dav, ["--rounds 4"], "--methods dav dav_kl")]
 COLORS = dict(importance="k", guidance="#999999", das="#0072B2", draft_kl="#CC79A7", ddpo_kl="#E69F00", dav="#009E73",
               dav_kl="#56B4E9", posterior="#D55E00")
-MOTIFS = {  # JASPAR 2026 (CC BY 4.0), letters per thousand sites: rows A, C, G, T; DATA.md gives the identifiers
-    "HNF4A": ("32 932 865 930 15 20 60 29 788", "891 27 29 12 20 15 813 910 60", "27 23 78 41 936 47 39 14 63",
-              "51 19 28 17 29 918 88 46 89"),
-    "FOXA2": ("358 72 14 930 851 947 9 941", "47 11 8 36 86 13 751 12", "147 901 7 10 25 11 14 11",
-              "448 16 971 24 39 30 226 36"),
-    "HNF1A": ("459 23 147 982 934 80 236 934 45 3 815 878 86", "27 64 110 0 42 27 265 1 1 16 14 43 822",
-              "472 55 28 17 1 0 321 22 54 0 77 68 38", "42 858 715 1 24 893 178 43 900 981 94 11 53"),
-    "CEBPA": ("688 11 13 117 15 790 77 910 952 57", "92 10 4 12 951 45 779 72 13 205", "162 9 30 733 9 85 20 4 17 93",
-              "58 969 954 138 26 80 124 14 18 645"),
-    "GATA1": ("55 18 692 940 31 36 103", "869 8 10 18 17 918 42", "38 9 12 14 9 20 11", "38 964 286 28 943 26 844"),
-    "SPI1": ("632 782 774 82 855 39 19 970 946 72 162 95 220", "65 55 22 116 25 5 8 10 9 67 35 58 110",
-             "217 101 97 760 92 945 964 10 17 847 49 793 548", "86 62 106 42 29 12 9 10 27 13 754 55 121"),
-}
-OTHER_CELLS = ("GATA1", "SPI1")  # whose motifs these are
+MOTIFS = json.loads((das.HERE / "motifs.json").read_text())  # letters per thousand sites: rows A, C, G, T (DATA.md)
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,11 +53,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 1e9:
         parser.error(f"--seed: {args.seed} is not between 0 and 1e9")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / ".writable").touch()
-    except OSError as error:
-        parser.error(f"--out: {error}")
+    das.loaded("--out", args.out.mkdir, parents=True, exist_ok=True)
     return args
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
@@ -120,7 +103,7 @@ def point(args, module, flags):
 def motif_rate(x, counts):
     """Share of x (N, L) with a word on either strand that scores as few words do: one random sequence of 200 in 13.
     The score is the log odds against uniform letters, its distribution over words the convolution of the columns'."""
-    odds = torch.tensor([[int(n) for n in row.split()] for row in counts]).double() + 2.5
+    odds = torch.tensor(counts).double() + 2.5
     odds = (odds / odds.sum(0) * 4).log().mul(100).round().long()  # (4, width), hundredths of a nat
     share = np.ones(1)  # of words by score, the lowest first
     for column in (odds - odds.amin(0)).T:

@@ -17,25 +17,23 @@ Algorithm
 equal_weights counts a standard deviation of each reward alike, at the KL of reweighted.
 Ours: 1; the gradient of r (published: the score function); Newton steps of the multipliers.
 What you should see (seed 0): mpsa, multipliers 1.94 and 5.10 (exact 1.73, 4.72), activity 1.29 +- .02 for 1.2, GC .600
-    for .6, 2.13 nats where 1.53 would do; reweighted 1.63, 4.08, 1.44 nats. equal_weights ends at an activity of 1.06
-    +- .07, by replicate 2 .96 for 1.10 +- .06, with more GC than asked for. hepg2, activity .10 +- .11 for 0, by oracle
-    B .23, GC .473 for .5: after 60 rounds the multipliers still rise, and they circle; 3.03 nats, reweighted .85.
-Why multipliers of a network are larger: at the exact ones, held fixed, maximum likelihood on exact draws of the optimum
-    of mpsa reaches an activity of .86 in 600 updates of 128 sequences, 1.01 in 600 of 1,024, for 1.20: it is short of
-    training. What the gradient of r adds, exact for independent letters alone, was not measured. Dual steps are exact.
+    for .6, 2.13 nats where 1.53 would do; reweighted 1.63, 4.08, 1.44 nats; equal_weights has an activity of 1.06 +-
+    .07. hepg2, activity .10 +- .11 for 0, by oracle B .23, GC .473 for .5: after 60 rounds the multipliers still rise.
+Why multipliers of a network are larger: it is short of training. At the exact ones, held fixed, maximum likelihood on
+    exact draws of the optimum of mpsa reaches an activity of .86 in 600 updates of 128 sequences, 1.01 of 1,024.
 """
-import argparse, copy, json, math, os, pathlib, runpy, sys, time
+import argparse, copy, functools, json, math, os, pathlib, runpy, sys, time
 import numpy as np
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
 from matplotlib.figure import Figure
-from scipy.optimize import minimize
+from scipy.optimize import brentq, minimize
 from torch import nn
 from torch.nn import functional as F
 from tqdm import trange
 
 HERE, MASK, PROBLEMS = pathlib.Path(__file__).resolve().parent, 4, ["mpsa", "hepg2", "data"]
-NAMES, KEYS = ["activity", "gc"], dict(activity="reward", gc="gc", held_out="held_out")
+NAMES = ["activity", "gc"]
 THRESHOLD = dict(mpsa=[1.2, 0.6], hepg2=[0.0, 0.5], data=[0.0, 0.5])
 METHODS = ["pretrained", "reweighted", "equal_weights", "constrained"]
 
@@ -100,7 +98,7 @@ class Rewarded(World):
     def __init__(self, args, name):
         super().__init__(args, name)
         if name == "mpsa":
-            self.reward, self.held_out = TableReward(self.r), TableReward(self.held_r)
+            self.reward, self.held_out = table_reward(self.r), table_reward(self.held_r)
         else:
             files = [args.checkpoints / f"{name}_oracle_{k}.pt" for k in "ab"]
             self.reward, self.held_out = (load_network(file, Oracle)[0].score for file in files)
@@ -123,23 +121,18 @@ class ExactDenoiser:
         for axis in range(length):
             mass = torch.cat([mass, mass.sum(axis, keepdim=True)], axis)
         self.log_mass, self.place = mass.log().flatten(), 5 ** torch.arange(length - 1, -1, -1)
-
     def __call__(self, x):
         state = (x * self.place).sum(1)[:, None, None]
         letter = (torch.arange(4) - x[:, :, None]) * self.place[:, None]  # (n, L, 4): what it changes
         return self.log_mass[state + letter] - self.log_mass[state]
 
-class TableReward:
+def table_reward(value):
     """A table of all sequences, value (4^L,), as a function of letters (n, L, 4): its mean, if they are independent."""
-    def __init__(self, value):
-        self.value, self.length = value.float(), round(math.log(len(value), 4))
-
-    def __call__(self, letters):
-        joints = [torch.ones(len(letters), 1)] * 2  # probabilities of the first letters, and of the others
-        for k, letter in enumerate(letters.float().unbind(1)):
-            half = int(k >= self.length // 2)
-            joints[half] = (joints[half][:, :, None] * letter[:, None]).flatten(1)
-        return (joints[0] @ self.value.view(joints[0].shape[1], -1) * joints[1]).sum(1)
+    half = round(math.log(len(value), 4)) // 2
+    joint = lambda part: functools.reduce(lambda a, b: (a[:, :, None] * b[:, None]).flatten(1), part.float().unbind(1))
+    def reward(letters):
+        return (joint(letters[:, :half]) @ value.float().view(4**half, -1) * joint(letters[:, half:])).sum(1)
+    return reward
 
 def rewards(world, letters):
     """What has a threshold, of letters (n, L, 4): the activity, and the share of G and C, which a synthesis has limits
@@ -177,12 +170,9 @@ def enumerated(world, b):
     return values | {f"multiplier_{name}": v for name, v in zip(NAMES, dual)}
 
 def equal_weights(log_q, r, kl):
-    """Weights (m,) that count standard deviations of all rewards alike, of the tilt with this KL: by bisection."""
-    unit, low, high = moments(log_q, r, torch.zeros_like(r[:, 0]))[2].diag().rsqrt(), 0.0, 100.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if moments(log_q, r, middle * unit)[3] < kl else (low, middle)
-    return middle * unit
+    """Weights (m,) that count standard deviations of all rewards alike, of the tilt with this KL."""
+    unit = moments(log_q, r, torch.zeros_like(r[:, 0]))[2].diag().rsqrt()
+    return brentq(lambda size: float(moments(log_q, r, size * unit)[3] - kl), 0, 100) * unit
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 def dual_step(dual, slack, curvature, simplex):
@@ -226,20 +216,17 @@ def align(args, world, net, name, dual, b, rounds, batch):
     (rounds, m), KL (rounds,)."""
     if not world.reward(torch.full((1, world.length, 4), 0.25, requires_grad=True)).requires_grad:
         raise Refused("--reward: no gradient, which this method needs; dna/ddpo.py and dna/das.py do without")
-    file, path = args.out / f"{name}.pt", [dual]
-    if args.resume and file.exists():  # the multipliers that train goes on with
-        path += [torch.tensor(dual, dtype=torch.float64, device="cpu")
-                 for dual, *_ in loaded(file, torch.load, file, weights_only=True)["trace"]]
-    def update(step):
-        r, kl = lagrangian_update(args, world, tuned(world, net), path[-1], step, batch)
+    def update(step, trace):
+        now = torch.tensor(trace[-1][0], dtype=torch.float64, device="cpu") if trace else dual
+        r, kl = lagrangian_update(args, world, tuned(world, net), now, step, batch)
         # the step counts on a model that follows at once; a network takes some rounds
-        path.append(dual_step(path[-1], b - r.mean(0), args.lag * torch.cov(r.T), simplex=False))
-        return path[-1].tolist(), r.mean(0).tolist(), kl.mean().item()
+        now = dual_step(now, b - r.mean(0), args.lag * torch.cov(r.T), simplex=False)
+        return now.tolist(), r.mean(0).tolist(), kl.mean().item()
     args = argparse.Namespace(**vars(args) | dict(lr=args.lr or (1e-3 if world.p is not None else 3e-4)))
     return [torch.tensor(v) for v in zip(*train(args, net, name, rounds, update))]
 
 def train(args, net, name, rounds, update):
-    """`rounds` times update(step), which back-propagates and calls step() -> what these returned.
+    """`rounds` times update(step, trace), which back-propagates and calls step() -> trace: what they return.
     The network net, a copy of the base trained as a whole, is saved with its optimiser in args.out/name.pt."""
     net.requires_grad_(True)
     file, flags = args.out / f"{name}.pt", str(vars(args) | dict(resume=False))
@@ -257,7 +244,7 @@ def train(args, net, name, rounds, update):
         optimizer.zero_grad()
     for i in trange(len(trace), rounds, desc=name):
         torch.manual_seed(args.seed + 1000 * (i + 1))  # the same after --resume
-        trace.append(update(step))
+        trace.append(update(step, trace))
         state = dict(net=net.state_dict(), optimizer=optimizer.state_dict())
         torch.save(dict(flags=flags, trace=trace, **state), file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
@@ -307,7 +294,6 @@ class MaskedDenoiser(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in [*dilations, 1])
         self.layers = nn.ModuleList(
             nn.Conv2d(width, width, (1, kernel), padding="same", dilation=(1, d)) for d in dilations)
-
     def forward(self, x):
         x = x if x.is_floating_point() else F.one_hot(x, 5).to(self.head.weight)
         h = self.embed(x[:, None].movedim(3, 1))  # (n, width, 1, L): on a CPU faster than in one dimension
@@ -324,13 +310,11 @@ class Oracle(nn.Module):
         sizes = ((4, 15), (width, 7), (width, 5))
         self.layers = nn.ModuleList(nn.Conv2d(n, width, (1, kernel), padding="same") for n, kernel in sizes)
         self.norms, self.head = nn.ModuleList(nn.BatchNorm2d(width) for _ in sizes), nn.Linear(2 * width, len(names))
-
     def forward(self, letters):
         h = letters[:, None].movedim(3, 1)  # (n, 4, 1, L)
         for layer, norm, window in zip(self.layers, self.norms, (4, 2, 1)):
             h = F.max_pool2d(F.silu(norm(layer(h))), (1, window))
         return self.head(torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1))
-
     def score(self, letters, name="hepg2"):
         """A cell type's log odds against the others (n,), nats; activity or log odds of being open as they are."""
         out, k = self(letters), self.architecture["names"].index(name)
@@ -347,17 +331,17 @@ def load_network(path, kind):
 # ---- measures, figure, main ------------------------------------------------------------------------------------------
 @torch.no_grad()
 def scored(world, x, chunk):
-    """Sequences x (n, L) -> as a group of n particles: x (1, n, L), reward, held_out, gc, log_w (1, n)."""
+    """Sequences x (n, L) -> as a group of n particles: x (1, n, L), activity, gc, held_out, log_w (1, n)."""
     parts = [F.one_hot(part, 4).float() for part in x.split(chunk)]
     r = torch.cat([rewards(world, part) for part in parts]).double().cpu().T[:, None]
     held_out = torch.cat([world.held_out(part) for part in parts])[None].double().cpu()
-    return dict(x=x[None], reward=r[0], gc=r[1], held_out=held_out, log_w=0 * held_out)
+    return dict(zip(NAMES, r), x=x[None], held_out=held_out, log_w=0 * held_out)
 
 def measure(problem, method, out, dual, kl, exact):
     """Rows of a method: weighted means of its sequences, its multipliers, its KL."""
     w = out["log_w"].softmax(1)
-    means = {name: (w * out[key]).sum() for name, key in KEYS.items()}
-    rows = [(name, v, (w * (out[KEYS[name]] - v)).norm(), exact.get(name)) for name, v in means.items()]
+    means = {name: (w * out[name]).sum() for name in (*NAMES, "held_out")}
+    rows = [(name, v, (w * (out[name] - v)).norm(), exact.get(name)) for name, v in means.items()]
     rows += [(f"multiplier_{name}", v, None, exact.get(f"multiplier_{name}")) for name, v in zip(NAMES, dual)]
     return [(problem, method, *row) for row in rows + [("kl", *kl, exact.get("kl"))]]
 
@@ -409,7 +393,7 @@ def main(args):
         (rounds, batch, n), exact = args.size[:3] if problem == "mpsa" else args.size[3:], enumerated(world, b)
         torch.manual_seed(args.seed + 100 * PROBLEMS.index(problem))
         out = scored(world, sample_paths(world, world.denoiser, n, args.chunk)[0][-1], args.chunk)
-        log_q, r = torch.full((n,), -math.log(n)).double().cpu(), torch.cat([out["reward"], out["gc"]])
+        log_q, r = torch.full((n,), -math.log(n)).double().cpu(), torch.cat([out[name] for name in NAMES])
         duals = dict(pretrained=0 * b, reweighted=best_multipliers(log_q, r, b))
         duals["equal_weights"] = equal_weights(log_q, r, moments(log_q, r, duals["reweighted"])[3])
         for method, dual in duals.items():

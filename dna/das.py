@@ -25,7 +25,7 @@ What you should see (seed 0): mpsa, E[r] 1.49 +- 0.01 for das, exact 1.52, publi
     oracle B -2.0 (base), 0.4 (importance), 3.4 (guidance), 4.5 (bootstrap), 7.2 (das), 7.5 (published), and oracle A
     1.1 to 2.0 more for the last four. log_z of hepg2 is that of the luckiest of 40 groups. To try: --kl-weight 0.0625.
 """
-import argparse, json, math, os, pathlib, runpy, sys, time
+import argparse, functools, json, math, os, pathlib, runpy, sys, time
 import numpy as np
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
@@ -96,7 +96,7 @@ class Rewarded(World):
     def __init__(self, args, name):
         super().__init__(args, name)
         if name == "mpsa":
-            self.reward, self.held_out = TableReward(self.r), TableReward(self.held_r)
+            self.reward, self.held_out = table_reward(self.r), table_reward(self.held_r)
         else:
             files = [args.checkpoints / f"{name}_oracle_{k}.pt" for k in "ab"]
             self.reward, self.held_out = (load_network(file, Oracle)[0].score for file in files)
@@ -127,23 +127,18 @@ class ExactDenoiser:
         for axis in range(length):
             mass = torch.cat([mass, mass.sum(axis, keepdim=True)], axis)
         self.log_mass, self.place = mass.log().flatten(), 5 ** torch.arange(length - 1, -1, -1)
-
     def __call__(self, x):
         state = (x * self.place).sum(1)[:, None, None]
         letter = (torch.arange(4) - x[:, :, None]) * self.place[:, None]  # (n, L, 4): what it changes
         return self.log_mass[state + letter] - self.log_mass[state]
 
-class TableReward:
+def table_reward(value):
     """A table of all sequences, value (4^L,), as a function of letters (n, L, 4): its mean, if they are independent."""
-    def __init__(self, value):
-        self.value, self.length = value.float(), round(math.log(len(value), 4))
-
-    def __call__(self, letters):
-        joints = [torch.ones(len(letters), 1)] * 2  # probabilities of the first letters, and of the others
-        for k, letter in enumerate(letters.float().unbind(1)):
-            half = int(k >= self.length // 2)
-            joints[half] = (joints[half][:, :, None] * letter[:, None]).flatten(1)
-        return (joints[0] @ self.value.view(joints[0].shape[1], -1) * joints[1]).sum(1)
+    half = round(math.log(len(value), 4)) // 2
+    joint = lambda part: functools.reduce(lambda a, b: (a[:, :, None] * b[:, None]).flatten(1), part.float().unbind(1))
+    def reward(letters):
+        return (joint(letters[:, :half]) @ value.float().view(4**half, -1) * joint(letters[:, half:])).sum(1)
+    return reward
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 def systematic(log_w):
@@ -251,7 +246,6 @@ class MaskedDenoiser(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in [*dilations, 1])
         self.layers = nn.ModuleList(
             nn.Conv2d(width, width, (1, kernel), padding="same", dilation=(1, d)) for d in dilations)
-
     def forward(self, x):
         x = x if x.is_floating_point() else F.one_hot(x, 5).to(self.head.weight)
         h = self.embed(x[:, None].movedim(3, 1))  # (n, width, 1, L): on a CPU faster than in one dimension
@@ -268,13 +262,11 @@ class Oracle(nn.Module):
         sizes = ((4, 15), (width, 7), (width, 5))
         self.layers = nn.ModuleList(nn.Conv2d(n, width, (1, kernel), padding="same") for n, kernel in sizes)
         self.norms, self.head = nn.ModuleList(nn.BatchNorm2d(width) for _ in sizes), nn.Linear(2 * width, len(names))
-
     def forward(self, letters):
         h = letters[:, None].movedim(3, 1)  # (n, 4, 1, L)
         for layer, norm, window in zip(self.layers, self.norms, (4, 2, 1)):
             h = F.max_pool2d(F.silu(norm(layer(h))), (1, window))
         return self.head(torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1))
-
     def score(self, letters, name="hepg2"):
         """A cell type's log odds against the others (n,), nats; activity or log odds of being open as they are."""
         out, k = self(letters), self.architecture["names"].index(name)

@@ -17,20 +17,18 @@ Algorithm, a round
        a path never meets another, its weight is dropped. Population (mpsa): smc weighs and resamples groups of paths
     2. dav_update: cross entropy of the letters that a step sets, the step drawn by their number, plus kl KL(p, base)
     3. the tuned model is the next round's p. The search on the last one is `posterior`
-Ours: after a local search the letters of the cross entropy are not those drawn: they are averaged over q, which has the
-    same mean without the noise of the draw; plus, with several children, sum over c of (share of c - 1 / M) letters(c).
-    Where weights are kept the letters are those drawn, with the weight of their surviving descendants. dav_published
-    learns the letters drawn by the local search, as the paper's likelihood has it, with our q, children and --lr.
-Exact: round k of dav samples p exp(k r / kl_weight), if the search is weighted. A local one (dav on hepg2, dav_local)
-    of one child teaches its proposal, no selection, no weights. Letters of the end of a path must not be taught to
-    its early states: a tilt makes the order of setting depend on the letters.
+Ours: after a local search the letters of the cross entropy are averaged over q, not drawn: the same mean without the
+    noise of the draw; plus, with several children, sum over c of (share of c - 1 / M) letters(c). Where weights are
+    kept the letters are those drawn, with the weight of their surviving descendants. dav_published learns the letters
+    drawn by the local search, as the paper's likelihood has it, with our q, children and --lr.
+Exact: round k of dav samples p exp(k r / kl_weight), if the search is weighted. A local one of one child (dav on hepg2,
+    dav_local) teaches its proposal. The letters of the end must not be taught to early states: a tilt orders them.
 What you should see (seed 0): hepg2, oracle B by round .8, 4.7, 7.7 for dav (oracle A 7.4) at a KL of 3, 14, 30 nats,
-    .5, 4.1, 6.6 for dav_kl at 3, 11, 22 and .1, 1.9, 3.9 for dav_published at 4, 13, 23; base -2.3, search 4.4 (A 6.0),
-    posterior 14.0 (A 15.3); se .2 to .3. C + G falls from .47 to .33, published .26: a part of the gain is composition.
-    mpsa, E[r] of dav by round 1.12, 1.73, 1.91 (exact 1.52, 1.96, 1.99), dav_local .41, 1.34, 1.92; the searches on
-    base and last model have 1.52 and 2.01 (exact 1.52, 2.01): the M-step lags. To try: --rounds 4, --kl 0.3.
+    .1, 1.9, 3.9 for dav_published at 4, 13, 23; base -2.3, search 4.4 (A 6.0), posterior 14.0 (A 15.3); se .2 to .3.
+    C + G falls from .47 to .33: a part of the gain is composition. mpsa, E[r] of dav by round 1.12, 1.73, 1.91 (exact
+    1.52, 1.96, 1.99), of the last search 2.01 (exact 2.01): the M-step lags. To try: --rounds 4, --kl 0.3.
 """
-import argparse, copy, json, math, os, pathlib, runpy, sys, time
+import argparse, copy, functools, json, math, os, pathlib, runpy, sys, time
 import numpy as np
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
@@ -107,7 +105,7 @@ class Rewarded(World):
     def __init__(self, args, name):
         super().__init__(args, name)
         if name == "mpsa":
-            self.reward, self.held_out = TableReward(self.r), TableReward(self.held_r)
+            self.reward, self.held_out = table_reward(self.r), table_reward(self.held_r)
         else:
             files = [args.checkpoints / f"{name}_oracle_{k}.pt" for k in "ab"]
             self.reward, self.held_out = (load_network(file, Oracle)[0].score for file in files)
@@ -138,23 +136,18 @@ class ExactDenoiser:
         for axis in range(length):
             mass = torch.cat([mass, mass.sum(axis, keepdim=True)], axis)
         self.log_mass, self.place = mass.log().flatten(), 5 ** torch.arange(length - 1, -1, -1)
-
     def __call__(self, x):
         state = (x * self.place).sum(1)[:, None, None]
         letter = (torch.arange(4) - x[:, :, None]) * self.place[:, None]  # (n, L, 4): what it changes
         return self.log_mass[state + letter] - self.log_mass[state]
 
-class TableReward:
+def table_reward(value):
     """A table of all sequences, value (4^L,), as a function of letters (n, L, 4): its mean, if they are independent."""
-    def __init__(self, value):
-        self.value, self.length = value.float(), round(math.log(len(value), 4))
-
-    def __call__(self, letters):
-        joints = [torch.ones(len(letters), 1)] * 2  # probabilities of the first letters, and of the others
-        for k, letter in enumerate(letters.float().unbind(1)):
-            half = int(k >= self.length // 2)
-            joints[half] = (joints[half][:, :, None] * letter[:, None]).flatten(1)
-        return (joints[0] @ self.value.view(joints[0].shape[1], -1) * joints[1]).sum(1)
+    half = round(math.log(len(value), 4)) // 2
+    joint = lambda part: functools.reduce(lambda a, b: (a[:, :, None] * b[:, None]).flatten(1), part.float().unbind(1))
+    def reward(letters):
+        return (joint(letters[:, :half]) @ value.float().view(4**half, -1) * joint(letters[:, half:])).sum(1)
+    return reward
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 def systematic(log_w):
@@ -226,6 +219,7 @@ def search(model, groups, particles, args, published=False):
     In groups of one particle the search is the paper's local one, whose weights count in the ELBO alone."""
     steps, children, kl_weight = model.steps, args.children, args.kl_weight or model.kl_weight
     lines, slots, trail = torch.arange(groups)[:, None], torch.arange(particles).expand(groups, -1), []
+    drawn = published or particles > 1  # else the letters to learn are averaged
     def step(state, i):
         x, log_p, left = state["x"], state["log_p"], steps - i
         log_q = tilt(log_p, x, state["grad"], left, args.max_shift)
@@ -242,7 +236,7 @@ def search(model, groups, particles, args, published=False):
         letters = F.one_hot(child.clamp(max=3), 4) * new[..., None]
         soft = torch.where((x == MASK)[..., None], log_q.exp() / left, 0)  # the mean of `letters`
         soft = soft + ((share - 1 / children)[..., None, None] * letters).sum(0)
-        trail.append((x.byte(), soft.float(), letters[kept].byte(), state["slot"]))
+        trail.append((x.byte(), (letters[kept] if drawn else soft).float(), state["slot"]))
         due, state = new[kept].any(2), state | dict(slot=slots)
         for name, known in look(model, child[kept][due], kl_weight, args.chunk, True).items() if due.any() else ():
             state[name] = state[name].index_put((due,), known)
@@ -253,13 +247,13 @@ def search(model, groups, particles, args, published=False):
         raise Refused("--reward: this one has no gradient, and a local search needs several --children")
     start = {name: v.expand(groups, particles, *v.shape[1:]) for name, v in start.items()}  # all alike
     state, log_w = smc(step, start | dict(log_twist=start["value"], slot=slots), steps)
-    x, soft, letters, ancestors = map(torch.stack, zip(*trail))
+    x, letters, ancestors = map(torch.stack, zip(*trail))
     weights = [particles * log_w.softmax(1)]  # of a step: those of its surviving descendants; of a local search 1
     for slot in reversed(ancestors[1:]):
         weights.insert(0, torch.zeros_like(log_w).scatter_add(1, slot, weights[0]))
-    weighted = torch.stack(weights)[..., None, None].float() * letters
-    learn = (x.flatten(0, 2), (soft if particles == 1 and not published else weighted).flatten(0, 2))
-    return scores(model, state["x"], args) | dict(log_w=log_w, elbo=log_w.logsumexp(1) - math.log(particles)), learn
+    letters = torch.stack(weights)[..., None, None].float() * letters
+    found = scores(model, state["x"], args) | dict(log_w=log_w, elbo=log_w.logsumexp(1) - math.log(particles))
+    return found, (x.flatten(0, 2), letters.flatten(0, 2))
 
 def dav_update(world, net, args, step, kl=False, local=False, published=False):
     """A round: search, then the M-step, Adam on states of its paths -> sequences (n, 1, L) of the new model, the KL of
@@ -325,7 +319,7 @@ def sample_paths(world, denoiser, n, chunk):
     return torch.stack(path), kl
 
 def train(args, net, name, rounds, update):
-    """`rounds` times update(step), which back-propagates and calls step() -> what these returned.
+    """`rounds` times update(step, trace), which back-propagates and calls step() -> trace: what they return.
     The network net, a copy of the base trained as a whole, is saved with its optimiser in args.out/name.pt."""
     net.requires_grad_(True)
     file, flags = args.out / f"{name}.pt", str(vars(args) | dict(resume=False))
@@ -343,7 +337,7 @@ def train(args, net, name, rounds, update):
         optimizer.zero_grad()
     for i in trange(len(trace), rounds, desc=name):
         torch.manual_seed(args.seed + 1000 * (i + 1))  # the same after --resume
-        trace.append(update(step))
+        trace.append(update(step, trace))
         state = dict(net=net.state_dict(), optimizer=optimizer.state_dict())
         torch.save(dict(flags=flags, trace=trace, **state), file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
@@ -371,7 +365,6 @@ class MaskedDenoiser(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in [*dilations, 1])
         self.layers = nn.ModuleList(
             nn.Conv2d(width, width, (1, kernel), padding="same", dilation=(1, d)) for d in dilations)
-
     def forward(self, x):
         x = x if x.is_floating_point() else F.one_hot(x, 5).to(self.head.weight)
         h = self.embed(x[:, None].movedim(3, 1))  # (n, width, 1, L): on a CPU faster than in one dimension
@@ -388,13 +381,11 @@ class Oracle(nn.Module):
         sizes = ((4, 15), (width, 7), (width, 5))
         self.layers = nn.ModuleList(nn.Conv2d(n, width, (1, kernel), padding="same") for n, kernel in sizes)
         self.norms, self.head = nn.ModuleList(nn.BatchNorm2d(width) for _ in sizes), nn.Linear(2 * width, len(names))
-
     def forward(self, letters):
         h = letters[:, None].movedim(3, 1)  # (n, 4, 1, L)
         for layer, norm, window in zip(self.layers, self.norms, (4, 2, 1)):
             h = F.max_pool2d(F.silu(norm(layer(h))), (1, window))
         return self.head(torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1))
-
     def score(self, letters, name="hepg2"):
         """A cell type's log odds against the others (n,), nats; activity or log odds of being open as they are."""
         out, k = self(letters), self.architecture["names"].index(name)
@@ -445,21 +436,19 @@ def draw(args, rows):
     for problem, axes in zip(args.problem, figure.subplots(len(args.problem), 3, squeeze=False)):
         for method in (m for m in args.methods if (problem, m, "kl") in number):
             names = [r[1] for r in rows if (r[0], r[1].partition("_round")[0], r[2]) == (problem, method, "kl")]
-            reward, elbo, kl, held_out = ([[float(v or math.nan) for v in number[problem, m, key]] for m in names]
-                                          for key in ("reward", "elbo", "kl", "held_out"))
-            for ax, series, first in zip(axes, (reward, elbo), (number[problem, "base", "reward"][0], math.nan)):
-                ax.plot([float(first), *(v[0] for v in series)], ".-", color=COLORS[method], label=method)
-                ax.plot([math.nan, *(v[2] for v in series)], "k:", lw=1)
-            axes[2].plot([v[0] for v in kl], [v[0] for v in held_out], ".-", color=COLORS[method])
+            line = lambda key, part=0: [float(number[problem, m, key][part] or math.nan) for m in names]
+            for ax, key, first in zip(axes, ("reward", "elbo"), (number[problem, "base", "reward"][0], math.nan)):
+                ax.plot([float(first), *line(key)], ".-", color=COLORS[method], label=method)
+                ax.plot([math.nan, *line(key, 2)], "k:", lw=1)
+            axes[2].plot(line("kl"), line("held_out"), ".-", color=COLORS[method])
         axes[2].plot(0, number[problem, "base", "held_out"][0].cpu(), "kx")
         for search, style in (("search", "--"), ("posterior", "-.")):
             if (problem, search, "held_out") in number:
                 axes[2].axhline(number[problem, search, "held_out"][0].item(), color="k", lw=1, ls=style, label=search)
-        for ax, title in zip(axes, ("reward of the model, by round", "ELBO of the search, by round",
-                                    "held-out reward, by KL in nats")):
+        titles = "reward of the model, by round", "ELBO of the search, by round", "held-out reward, by KL in nats"
+        for ax, title in zip(axes, titles):
             ax.set_title(f"{problem}: {title}", fontsize=9)
-        for ax in axes[:2]:
-            ax.set_xticks(range(len(names) + 1))
+            ax.xaxis.get_major_locator().set_params(integer=True)
     handles = {label: h for ax in figure.axes for h, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, fontsize=8)
     return figure
@@ -481,7 +470,7 @@ def main(args):
         for method in (m for m in args.methods if world.p is not None or m != "dav_local"):
             net = copy.deepcopy(world.net)
             trace = train(args, net, f"{name}_{method}", rounds,
-                          lambda step: dav_update(world, net, args, step, **METHODS[method]))
+                          lambda step, _: dav_update(world, net, args, step, **METHODS[method]))
             for k, out in enumerate(trace, 1):
                 outs[method + (f"_round_{k}" if k < rounds else ""), k] = out
             if method == "dav":

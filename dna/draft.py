@@ -17,7 +17,7 @@ What you should see (seed 0): hepg2, oracle A / B from -2.2 / -2.0 to 8.0 / 3.9 
     drakes_published, 197: TATATA..., no G or C in 128 sequences; draft_kl 1.3 / 1.0 for 22 nats. mpsa: the objective
     from -.36 to .39 for draft_kl; without KL 63 of 2,000 sequences differ. To try: --kl-weight 0.25, as in das.py.
 """
-import argparse, copy, json, math, os, pathlib, runpy, sys, time
+import argparse, copy, functools, json, math, os, pathlib, runpy, sys, time
 import numpy as np
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
@@ -90,7 +90,7 @@ class Rewarded(World):
     def __init__(self, args, name):
         super().__init__(args, name)
         if name == "mpsa":
-            self.reward, self.held_out = TableReward(self.r), TableReward(self.held_r)
+            self.reward, self.held_out = table_reward(self.r), table_reward(self.held_r)
         else:
             files = [args.checkpoints / f"{name}_oracle_{k}.pt" for k in "ab"]
             self.reward, self.held_out = (load_network(file, Oracle)[0].score for file in files)
@@ -121,23 +121,18 @@ class ExactDenoiser:
         for axis in range(length):
             mass = torch.cat([mass, mass.sum(axis, keepdim=True)], axis)
         self.log_mass, self.place = mass.log().flatten(), 5 ** torch.arange(length - 1, -1, -1)
-
     def __call__(self, x):
         state = (x * self.place).sum(1)[:, None, None]
         letter = (torch.arange(4) - x[:, :, None]) * self.place[:, None]  # (n, L, 4): what it changes
         return self.log_mass[state + letter] - self.log_mass[state]
 
-class TableReward:
+def table_reward(value):
     """A table of all sequences, value (4^L,), as a function of letters (n, L, 4): its mean, if they are independent."""
-    def __init__(self, value):
-        self.value, self.length = value.float(), round(math.log(len(value), 4))
-
-    def __call__(self, letters):
-        joints = [torch.ones(len(letters), 1)] * 2  # probabilities of the first letters, and of the others
-        for k, letter in enumerate(letters.float().unbind(1)):
-            half = int(k >= self.length // 2)
-            joints[half] = (joints[half][:, :, None] * letter[:, None]).flatten(1)
-        return (joints[0] @ self.value.view(joints[0].shape[1], -1) * joints[1]).sum(1)
+    half = round(math.log(len(value), 4)) // 2
+    joint = lambda part: functools.reduce(lambda a, b: (a[:, :, None] * b[:, None]).flatten(1), part.float().unbind(1))
+    def reward(letters):
+        return (joint(letters[:, :half]) @ value.float().view(4**half, -1) * joint(letters[:, half:])).sum(1)
+    return reward
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 def unmask(log_q, x, left):
@@ -211,7 +206,7 @@ def draft_update(world, net, step, batch, weight, **options):
     return r.mean().item(), kl.mean().item()
 
 def train(args, net, name, rounds, update):
-    """`rounds` times update(step), which back-propagates and calls step() -> what these returned.
+    """`rounds` times update(step, trace), which back-propagates and calls step() -> trace: what they return.
     The network net, a copy of the base trained as a whole, is saved with its optimiser in args.out/name.pt."""
     net.requires_grad_(True)
     file, flags = args.out / f"{name}.pt", str(vars(args) | dict(resume=False))
@@ -229,7 +224,7 @@ def train(args, net, name, rounds, update):
         optimizer.zero_grad()
     for i in trange(len(trace), rounds, desc=name):
         torch.manual_seed(args.seed + 1000 * (i + 1))  # the same after --resume
-        trace.append(update(step))
+        trace.append(update(step, trace))
         state = dict(net=net.state_dict(), optimizer=optimizer.state_dict())
         torch.save(dict(flags=flags, trace=trace, **state), file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
@@ -273,7 +268,6 @@ class MaskedDenoiser(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in [*dilations, 1])
         self.layers = nn.ModuleList(
             nn.Conv2d(width, width, (1, kernel), padding="same", dilation=(1, d)) for d in dilations)
-
     def forward(self, x):
         x = x if x.is_floating_point() else F.one_hot(x, 5).to(self.head.weight)
         h = self.embed(x[:, None].movedim(3, 1))  # (n, width, 1, L): on a CPU faster than in one dimension
@@ -290,13 +284,11 @@ class Oracle(nn.Module):
         sizes = ((4, 15), (width, 7), (width, 5))
         self.layers = nn.ModuleList(nn.Conv2d(n, width, (1, kernel), padding="same") for n, kernel in sizes)
         self.norms, self.head = nn.ModuleList(nn.BatchNorm2d(width) for _ in sizes), nn.Linear(2 * width, len(names))
-
     def forward(self, letters):
         h = letters[:, None].movedim(3, 1)  # (n, 4, 1, L)
         for layer, norm, window in zip(self.layers, self.norms, (4, 2, 1)):
             h = F.max_pool2d(F.silu(norm(layer(h))), (1, window))
         return self.head(torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1))
-
     def score(self, letters, name="hepg2"):
         """A cell type's log odds against the others (n,), nats; activity or log odds of being open as they are."""
         out, k = self(letters), self.architecture["names"].index(name)
@@ -368,7 +360,7 @@ def main(args):
             net = copy.deepcopy(world.net)
             if method != "pretrained":
                 options = dict(weight=kl_weight, back=args.back or back, temperature=args.temperature) | METHODS[method]
-                traces[name, method] = train(job, net, f"{name}_{method}", updates, lambda step: draft_update(
+                traces[name, method] = train(job, net, f"{name}_{method}", updates, lambda step, _: draft_update(
                     world, net, step, batch, **options))
             found[name, method] = measure(world, method, net, n, kl_weight, args, rows)
     save_sequences(args, found)

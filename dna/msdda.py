@@ -92,7 +92,6 @@ class ExactDenoiser:
         for axis in range(length):
             mass = torch.cat([mass, mass.sum(axis, keepdim=True)], axis)
         self.log_mass, self.place = mass.log().flatten(), 5 ** torch.arange(length - 1, -1, -1)
-
     def __call__(self, x):
         state = (x * self.place).sum(1)[:, None, None]
         letter = (torch.arange(4) - x[:, :, None]) * self.place[:, None]  # (n, L, 4): what it changes
@@ -115,7 +114,6 @@ class Models:
         self.values, self.shown = torch.stack([world.r / 0.25, gc / 2, 0 * gc]), ["reward", "gc"]  # your own
         self.log_q = (world.p.log() + self.values).log_softmax(1)
         self.denoisers = [ExactDenoiser(q.exp()) for q in self.log_q]
-
     def judge(self, x):
         """Sequences x (n, L) -> {row: value (n,)}: log probability of each cell type by oracle A and B."""
         if self.log_q is not None:
@@ -124,7 +122,6 @@ class Models:
         return dict(gc=letters[..., 1:3].sum((1, 2))) | {
             f"{key}_{cell}": F.logsigmoid(oracle.score(letters, cell))  # of log odds
             for key, oracle in self.oracles.items() for cell in self.names}
-
     def exact(self, method, weights):
         """{row: exact value} of mpsa: means of a method with infinitely many steps, its KL from the target p exp(sum_i
         w_i r_i) / Z, log Z. step_level: of the optimum; shift: what its merged models change of it, total variation."""
@@ -258,7 +255,6 @@ class MaskedDenoiser(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in [*dilations, 1])
         self.layers = nn.ModuleList(
             nn.Conv2d(width, width, (1, kernel), padding="same", dilation=(1, d)) for d in dilations)
-
     def forward(self, x):
         x = x if x.is_floating_point() else F.one_hot(x, 5).to(self.head.weight)
         h = self.embed(x[:, None].movedim(3, 1))  # (n, width, 1, L): on a CPU faster than in one dimension
@@ -275,13 +271,11 @@ class Oracle(nn.Module):
         sizes = ((4, 15), (width, 7), (width, 5))
         self.layers = nn.ModuleList(nn.Conv2d(n, width, (1, kernel), padding="same") for n, kernel in sizes)
         self.norms, self.head = nn.ModuleList(nn.BatchNorm2d(width) for _ in sizes), nn.Linear(2 * width, len(names))
-
     def forward(self, letters):
         h = letters[:, None].movedim(3, 1)  # (n, 4, 1, L)
         for layer, norm, window in zip(self.layers, self.norms, (4, 2, 1)):
             h = F.max_pool2d(F.silu(norm(layer(h))), (1, window))
         return self.head(torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1))
-
     def score(self, letters, name="hepg2"):
         """A cell type's log odds against the others (n,), nats; activity or log odds of being open as they are."""
         out, k = self(letters), self.architecture["names"].index(name)

@@ -100,7 +100,6 @@ class ExactDenoiser:
         for axis in range(length):
             mass = torch.cat([mass, mass.sum(axis, keepdim=True)], axis)
         self.log_mass, self.place = mass.log().flatten(), 5 ** torch.arange(length - 1, -1, -1)
-
     def __call__(self, x):
         state = (x * self.place).sum(1)[:, None, None]
         letter = (torch.arange(4) - x[:, :, None]) * self.place[:, None]  # (n, L, 4): what it changes
@@ -179,23 +178,23 @@ def step_kl(world, log_p, log_q, x, t):
     kl = torch.where(x == MASK, (log_q.exp() * (log_q - log_p)).sum(2), 0).sum(1)
     return kl * (world.steps / (world.steps - t)).to(kl)
 
-def cover(args, world, denoiser, data, path, entropy, move, batch, step):
-    """A round: args.every descents of sum_i dual_i KL_i on batches, then a step of the multipliers, which path lists.
+def cover(args, world, denoiser, data, dual, entropy, move, batch, step):
+    """A round: args.every descents of sum_i dual_i KL_i on batches, then, if they may move, a step of the multipliers.
     data: x (m, T + 1, n, L), log_p (m, T, n, L, 4) of paths of all q_i -> multipliers, slacks, two lists."""
     (x, log_q), m, slack = data, len(data[0]), torch.zeros(len(data[0]))
     for _ in range(args.every):
         k, t, n = (torch.arange(batch * m) % m, torch.randint(world.steps, (batch * m,)),
                    torch.randint(x.shape[2], (batch * m,)))
         kl = step_kl(world, denoiser(x[k, t, n]), log_q[k, t, n], x[k, t, n], t)
-        (path[-1].to(kl)[k] @ kl / batch).backward()
+        (dual.to(kl)[k] @ kl / batch).backward()
         step()
         slack = slack + kl.detach().view(-1, m).mean(0) / args.every
     slack = slack.double().cpu() + entropy
-    path.append(dual_step(path[-1], slack, curvature(path[-1]), simplex=True) if move else path[-1])
-    return path[-1].tolist(), slack.tolist()
+    dual = dual_step(dual, slack, curvature(dual), simplex=True) if move else dual
+    return dual.tolist(), slack.tolist()
 
 def train(args, net, name, rounds, update):
-    """`rounds` times update(step), which back-propagates and calls step() -> what these returned.
+    """`rounds` times update(step, trace), which back-propagates and calls step() -> trace: what they return.
     The network net, a copy of the base trained as a whole, is saved with its optimiser in args.out/name.pt."""
     net.requires_grad_(True)
     file, flags = args.out / f"{name}.pt", str(vars(args) | dict(resume=False))
@@ -213,7 +212,7 @@ def train(args, net, name, rounds, update):
         optimizer.zero_grad()
     for i in trange(len(trace), rounds, desc=name):
         torch.manual_seed(args.seed + 1000 * (i + 1))  # the same after --resume
-        trace.append(update(step))
+        trace.append(update(step, trace))
         state = dict(net=net.state_dict(), optimizer=optimizer.state_dict())
         torch.save(dict(flags=flags, trace=trace, **state), file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
@@ -248,7 +247,6 @@ class MaskedDenoiser(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in [*dilations, 1])
         self.layers = nn.ModuleList(
             nn.Conv2d(width, width, (1, kernel), padding="same", dilation=(1, d)) for d in dilations)
-
     def forward(self, x):
         x = x if x.is_floating_point() else F.one_hot(x, 5).to(self.head.weight)
         h = self.embed(x[:, None].movedim(3, 1))  # (n, width, 1, L): on a CPU faster than in one dimension
@@ -345,14 +343,13 @@ def main(args):
         for method in ["base", "equal_weights", *args.objective]:
             net, dual, best = copy.deepcopy(world.net), equal, known.get(method, known["equal_weights"])
             if method != "base":
-                file, path = args.out / f"{name}_{method}.pt", [equal]
-                if args.resume and file.exists():  # the multipliers that train goes on with
-                    path += [torch.tensor(v).double().cpu() for v, _ in loaded(file, torch.load, file)["trace"]]
-                # a network that has just begun is further from some models than from others for no other reason
-                trace = train(args, net, f"{name}_{method}", rounds, lambda step: cover(
-                    args, world, tuned(world, net), data, path, entropy if method == "elbo" else 0,
-                    method != "equal_weights" and len(path) > rounds / 6, batch, step))
-                paths[name, method] = [v for v, _ in trace]
+                def update(step, trace):
+                    dual = torch.tensor(trace[-1][0], dtype=torch.float64, device="cpu") if trace else equal
+                    # a network that has just begun is further from some models than from others for no other reason
+                    move = method != "equal_weights" and len(trace) + 1 > rounds / 6
+                    more = entropy if method == "elbo" else 0
+                    return cover(args, world, tuned(world, net), data, dual, more, move, batch, step)
+                paths[name, method] = [v for v, _ in train(args, net, f"{name}_{method}", rounds, update)]
                 dual = torch.tensor(paths[name, method][-1 - rounds // 4 :]).double().cpu().mean(0)
             new, found[name, method] = measure(args, world, names, method, tuned(world, net), fresh, dual, best)
             rows += new

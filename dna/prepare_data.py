@@ -164,8 +164,7 @@ def main(args):
             files = {"splice_sites.npz": splice_sites(first), "elements.npz": elements(second)}
     for name, arrays in files.items():
         args.out.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(args.out / f"part_{name}", **arrays)
-        (args.out / f"part_{name}").replace(args.out / name)  # files are whole or absent
+        np.savez_compressed(args.out / name, **arrays)
         print(f"{args.out / name}: {(args.out / name).stat().st_size:,} bytes")
 
 if __name__ == "__main__":

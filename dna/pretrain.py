@@ -103,16 +103,13 @@ class MarkovChain:
     def __init__(self, x, order):
         counts = [(kmer_counts(x, k + 1) + kmer_counts(3 - x.flip(1), k + 1) + 1).view(-1, 4) for k in range(order + 1)]
         self.order, self.log_p = order, [(c / c.sum(1, keepdim=True)).log() for c in counts]  # (4^k, 4) each
-
     def past(self, x, place):
         """Log probabilities (N, 4) of the letter at a place of x (N, L)."""
         k = min(place, self.order)
         return self.log_p[k][(x[:, place - k : place].long() * 4 ** torch.arange(k - 1, -1, -1)).sum(1)]
-
     def bound(self, x):
         """-log p(x) of x (N, L), nats -> (N,)."""
         return -sum(self.past(x, k).gather(1, x[:, k : k + 1].long())[:, 0] for k in range(x.shape[1]))
-
     def sample(self, n, length):
         """n sequences -> (n, length) long."""
         x = torch.zeros(n, length, dtype=torch.long)
@@ -129,7 +126,6 @@ class ExactDenoiser:
         for axis in range(length):
             mass = torch.cat([mass, mass.sum(axis, keepdim=True)], axis)
         self.log_mass, self.place = mass.log().flatten(), 5 ** torch.arange(length - 1, -1, -1)
-
     def __call__(self, x):
         state = (x * self.place).sum(1)[:, None, None]
         letter = (torch.arange(4) - x[:, :, None]) * self.place[:, None]  # (n, L, 4): what it changes
@@ -255,7 +251,6 @@ class MaskedDenoiser(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in [*dilations, 1])
         self.layers = nn.ModuleList(
             nn.Conv2d(width, width, (1, kernel), padding="same", dilation=(1, d)) for d in dilations)
-
     def forward(self, x):
         x = x if x.is_floating_point() else F.one_hot(x, 5).to(self.head.weight)
         h = self.embed(x[:, None].movedim(3, 1))  # (n, width, 1, L): on a CPU faster than in one dimension
@@ -272,13 +267,11 @@ class Oracle(nn.Module):
         sizes = ((4, 15), (width, 7), (width, 5))
         self.layers = nn.ModuleList(nn.Conv2d(n, width, (1, kernel), padding="same") for n, kernel in sizes)
         self.norms, self.head = nn.ModuleList(nn.BatchNorm2d(width) for _ in sizes), nn.Linear(2 * width, len(names))
-
     def forward(self, letters):
         h = letters[:, None].movedim(3, 1)  # (n, 4, 1, L)
         for layer, norm, window in zip(self.layers, self.norms, (4, 2, 1)):
             h = F.max_pool2d(F.silu(norm(layer(h))), (1, window))
         return self.head(torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1))
-
     def score(self, letters, name="hepg2"):
         """A cell type's log odds against the others (n,), nats; activity or log odds of being open as they are."""
         out, k = self(letters), self.architecture["names"].index(name)

@@ -17,12 +17,11 @@ Algorithm
 Ours: smc carries the normaliser C_t of the product of the kernels as weight, so that samples, KLs and D_AND are those
     of the product of the paths. Of prompts it has no row: equal weights are 1,570 nats from one of a pair.
 Of two models KL_i is (1 - dual_i)^2 times one number: algorithm_3 is equal_weights for every pair.
-What you should see (seed 0, three training seeds): less_saturation draws a saturation of .165 (base: .309), contrast
-    a contrast of .052 (.041), clip a CLIP score of .578 (.392). Equal weights leave 23, 28, 26 percent of these gains,
-    at KLs of 56, 34, 30 nats; algorithm_3 lowers the worst KL by 10.9 +- 1.1, and with it the least percentage, by 7.0
-    +- 3.8: a KL is no reward. smc: KLs 34, 41, 40, dual value 37.9 +- 3.1, but 53, -3, -11 percent. Score of the
-    concept drawn worst, pairs: one prompt .03, equal weights .155, official .005 +- .029 above that; triplets:
-    algorithm_3 .008 +- .023 above equal weights. Table 1's gain is not seen. To try: --guidance 1 --problem concepts.
+What you should see (seed 0, three training seeds): equal weights leave 23, 28, 26 percent of what each adapter gains
+    alone, at KLs of 56, 34, 30 nats; algorithm_3 lowers the worst KL by 10.9 +- 1.1, and with it the least percentage,
+    by 7.0 +- 3.8: a KL is no reward. smc: KLs 34, 41, 40, but 53, -3, -11 percent. Score of the concept drawn worst:
+    of pairs official, of triplets algorithm_3 is .005 +- .029 and .008 +- .023 above equal weights: Table 1's gain is
+    not seen. To try: --guidance 1 --problem concepts.
 """
 import argparse, csv, glob, io, json, math, os, pathlib, runpy, sys, time
 import torch
@@ -345,7 +344,6 @@ class Diffusion:
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
         with torch.no_grad():
             self.cond, self.uncond = pipe.encode_prompt(args.prompts, device, 1, True)
-
     def eps(self, x, i, number):
         """The noise in latents x (n, C, h, w) at step i, () or (n,), for prompts number, () or (n,); float32."""
         number, t = (torch.as_tensor(v, device=x.device).expand(len(x)) for v in (number, self.times[i]))
@@ -356,7 +354,6 @@ class Diffusion:
             abar = torch.tensor(self.abar, device=x.device)[i].view(-1, 1, 1, 1)
             out = abar.sqrt() * out + (1 - abar).sqrt() * x
         return out
-
     def decode(self, x):
         """Latents (n, C, h, w) -> images (n, 3, H, W) in [0, 1], float32, with a gradient."""
         x = (x / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)

@@ -16,7 +16,7 @@ What you should see (seeds 0, 1): for each standard deviation gained the other s
     of 1. A DAS image costs 480 calls, one of a tuned model 10 after 17,000 (DAV) to 31,000 (DDPO), of the posterior
     39: training pays after some 40 images.
 """
-import argparse, json, os, pathlib, time
+import argparse, json, os, pathlib, sys, time
 import torch
 if __name__ == "__main__": os.environ |= dict(MPLBACKEND="agg", TRANSFORMERS_VERBOSITY="error")
 import das
@@ -42,11 +42,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 1e9:
         parser.error(f"--seed: {args.seed} is not between 0 and 1e9")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / ".writable").touch()
-    except OSError as error:
-        parser.error(f"--out: {error}")
+    das.loaded("--out", args.out.mkdir, parents=True, exist_ok=True)
     return args
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
@@ -168,4 +164,7 @@ def main(args):
     das.report(args, rows, started, lambda: draw(rows))
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except das.Refused as error:
+        sys.exit(print(error, file=sys.stderr) or 2)

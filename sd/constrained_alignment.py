@@ -19,11 +19,9 @@ equal_weights, as a penalty method: the same sum of weights as constrained found
 Ours: Newton steps of the multipliers (published: of one size); the whole gradient of the KL (there: at fixed x_t).
 What you should see (seed 0): in `learned` the gains of clip, saturation and contrast are 1.20 +- .11, 1.02 +- .06 and
 1.16 +- .07 for 12.9 nats, by multipliers of .5 and 9.9; equal weights (6.8) have .80, 3.63 and 1.33 for 20.3 nats, most
-of it for saturation beyond its threshold. In `several` .97, .81 and .98 for 7.2 nats, by 7.0, 1.2 and 5.7 (saturation
-is a fifth short: after 16 rounds its multiplier is still on the move); equal weights (4.6) have .54, 2.52, .91 for 9.6.
-What thresholds cost: at .5 for 1 the objective is 1.33 +- .10 for 1.20 +- .11, the contrast's multiplier 4.2 for 9.9.
-The score of sd/mini/clip_eval, which nobody optimises, loses more with multipliers than with equal weights, as they ask
-more of the CLIP score: -.023 +- .007 (equal -.008) in `learned`, -.014 +- .009 (-.005) in `several`. To try: --lag 2.
+of it for saturation beyond its threshold. In `several` .97, .81 and .98 for 7.2 nats: saturation is a fifth short.
+What thresholds cost: at .5 for 1 the objective is 1.33 +- .10 for 1.20 +- .11. The score of sd/mini/clip_eval, which
+nobody optimises, falls by .023 +- .007 in `learned`, equal weights .008: they ask less of the CLIP score. Try --lag 2.
 """
 import argparse, csv, functools, io, json, math, os, pathlib, runpy, sys, time
 import torch
@@ -201,16 +199,14 @@ def lagrangian_update(args, accelerator, model, gains, step, batch, weights):
 def align(args, accelerator, model, gains, name, weights, b):
     """Algorithm 1 for a fresh adapter -> weights and mean rewards (rounds, m), KL (rounds,). Of the weights (m,), those
     of rewards with a threshold b (m,) > -inf are multipliers, the others stay."""
-    rounds, batch, _ = args.size
-    file, active = args.out / f"{name}_{accelerator.process_index}.pt", b.isfinite()
-    path = [v[0] for v in torch.load(file)["trace"]] if args.resume and file.exists() else [weights]
-    def update(step):
-        r, kl = lagrangian_update(args, accelerator, model, gains, step, batch, path[-1])
-        path.append(path[-1].clone())
+    (rounds, batch, _), active = args.size, b.isfinite()
+    def update(step, trace):
+        dual = trace[-1][0].clone() if trace else weights.clone()
+        r, kl = lagrangian_update(args, accelerator, model, gains, step, batch, dual)
         if active.any():  # the step counts on a model that follows at once; an adapter takes some rounds
             curvature = args.lag * torch.cov(r.T[active]).view(2 * [active.sum()])
-            path[-1][active] = dual_step(path[-1][active], (b - r.mean(0))[active], curvature, simplex=False)
-        return path[-1], r.mean(0), kl.mean()
+            dual[active] = dual_step(dual[active], (b - r.mean(0))[active], curvature, simplex=False)
+        return dual, r.mean(0), kl.mean()
     return [torch.stack(v) for v in zip(*train(args, accelerator, model, name, rounds, update))]
 
 def step_kl(model, x, i, number, eps):
@@ -222,8 +218,8 @@ def step_kl(model, x, i, number, eps):
     return (mean / sigma) ** 2 * apart.flatten(1).square().sum(1) / 2
 
 def train(args, accelerator, model, name, rounds, update):
-    """A fresh adapter, and `rounds` times update(step), which back-propagates and calls step() -> what these return.
-    The adapter is left on, and saved in args.out/name for pipe.load_lora_weights."""
+    """A fresh adapter; `rounds` times update(step, trace), which back-propagates and calls step() -> trace, what these
+    return. The adapter is left on, and saved in args.out/name for pipe.load_lora_weights."""
     unet, file = model.unet, args.out / f"{name}_{accelerator.process_index}.pt"
     unet.delete_adapters([*getattr(unet, "peft_config", {})])
     torch.manual_seed(args.seed)
@@ -247,7 +243,7 @@ def train(args, accelerator, model, name, rounds, update):
         optimizer.zero_grad()
     for i in trange(len(trace), rounds, desc=name, disable=not accelerator.is_main_process):
         torch.manual_seed(args.seed + 1000 * (i + 1) + 10**6 * accelerator.process_index)  # the same after --resume
-        trace.append(update(step))
+        trace.append(update(step, trace))
         torch.save(dict(flags=flags, trace=trace, adapter=get_peft_model_state_dict(unet),
                         optimizer=optimizer.state_dict()), file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
@@ -302,7 +298,6 @@ class Diffusion:
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
         with torch.no_grad():
             self.cond, self.uncond = pipe.encode_prompt(args.prompts, device, 1, True)
-
     def eps(self, x, i, number):
         """The noise in latents x (n, C, h, w) at step i, () or (n,), for prompts number, () or (n,); float32."""
         number, t = (torch.as_tensor(v, device=x.device).expand(len(x)) for v in (number, self.times[i]))
@@ -313,7 +308,6 @@ class Diffusion:
             abar = torch.tensor(self.abar, device=x.device)[i].view(-1, 1, 1, 1)
             out = abar.sqrt() * out + (1 - abar).sqrt() * x
         return out
-
     def decode(self, x):
         """Latents (n, C, h, w) -> images (n, 3, H, W) in [0, 1], float32, with a gradient."""
         x = (x / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)
@@ -426,8 +420,7 @@ def main(args):
     if accelerator.is_main_process:
         for out in found.values():
             out["gain"] = out["gain"].sum(-1)
-        sheets = save_samples(args, model, found)
-        report(args, rows, started, lambda: draw(args, sheets, traces))
+        report(args, rows, started, lambda: draw(args, save_samples(args, model, found), traces))
 
 if __name__ == "__main__":
     try:

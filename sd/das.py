@@ -247,7 +247,6 @@ class Diffusion:
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
         with torch.no_grad():
             self.cond, self.uncond = pipe.encode_prompt(args.prompts, device, 1, True)
-
     def eps(self, x, i, number):
         """The noise in latents x (n, C, h, w) at step i, () or (n,), for prompts number, () or (n,); float32."""
         number, t = (torch.as_tensor(v, device=x.device).expand(len(x)) for v in (number, self.times[i]))
@@ -258,7 +257,6 @@ class Diffusion:
             abar = torch.tensor(self.abar, device=x.device)[i].view(-1, 1, 1, 1)
             out = abar.sqrt() * out + (1 - abar).sqrt() * x
         return out
-
     def decode(self, x):
         """Latents (n, C, h, w) -> images (n, 3, H, W) in [0, 1], float32, with a gradient."""
         x = (x / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)
@@ -381,8 +379,7 @@ def main(args):
     rows += [(prompt, method, "log_z", z.mean().log(), z.std() / z.mean() / len(z) ** 0.5, None)  # z: of each group
              for method in log_w for prompt, z in zip(args.prompts, log_w[method].double().exp().mean(2))]
     if accelerator.is_main_process:
-        sheets = save_samples(args, model, found)
-        report(args, rows, started, lambda: draw(args, rows, sheets))
+        report(args, rows, started, lambda: draw(args, rows, save_samples(args, model, found)))
 
 if __name__ == "__main__":
     try:

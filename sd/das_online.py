@@ -47,11 +47,9 @@ class Surrogate:
     adds the standard error of the prediction, bootstrap takes the largest of 4 fits to resampled queries."""
     def __init__(self, embed, kind, prompts):
         self.embed, self.kind, self.prompts, self.features, self.answers = embed, kind, prompts, [], []
-
     def look(self, images, number):
         """Images (n, 3, H, W), number () or (n,) of the prompt -> features (n, d)."""
         return torch.cat([self.embed(images), F.one_hot(torch.as_tensor(number).expand(len(images)), self.prompts)], 1)
-
     def add(self, images, number, answers):
         """More queried gains (n,) of images; refits."""
         self.features.append(self.look(images, number).detach())
@@ -63,7 +61,6 @@ class Surrogate:
         self.weights, self.inverse = fit(f, y)
         self.heads = torch.stack([fit(f[i], y[i])[0] for i in torch.randint(len(y), (4, len(y)))], 1)
         self.noise = (f @ self.weights - y).std()
-
     def __call__(self, images, number):
         """The optimistic gain of images (n, 3, H, W) -> (n,), with a gradient."""
         f = self.look(images, number)
@@ -114,8 +111,7 @@ def main(args):
             rows += [(f"{(i + 1) * images}_queries", method, quantity, v.mean(), v.std() / K**0.5, None)
                      for quantity, v in values.items()]
         found[method] = dict(x=drawn[:, :, None], gain=true[..., None], log_w=0 * true[..., None])
-    sheets = save_samples(args, model, found)
-    report(args, rows, started, lambda: draw(rows, sheets))
+    report(args, rows, started, lambda: draw(rows, save_samples(args, model, found)))
 
 if __name__ == "__main__":
     try:

@@ -19,8 +19,7 @@ Algorithm, a round
 dav_published has the paper's M-step, -log p of one drawn child of two, but our --max-shift, --lr and --discount 1.
 What you should see (seed 0): dav gains 2.83 (se .10) for a KL of 75 nats and its posterior 3.57 (.13), where the search
     on the base model has 1.44 (.19); dav_kl 1.70 (.07) for 24, dav_children_2 3.36 (.11) for 124, dav_published 1.49
-    (.09) for 156. Gain is paid for in KL; what it costs the held-out score is measured by compare.py.
-    To try: --max-shift 1 --lr 1e-3 --rounds 9: smaller rounds.
+    (.09) for 156. Gain is paid for in KL. To try: --max-shift 1 --lr 1e-3 --rounds 9, smaller rounds.
 """
 import argparse, csv, io, json, math, os, pathlib, runpy, sys, time
 import torch
@@ -257,8 +256,8 @@ def step_kl(model, x, i, number, eps):
     return (mean / sigma) ** 2 * apart.flatten(1).square().sum(1) / 2
 
 def train(args, accelerator, model, name, rounds, update):
-    """A fresh adapter, and `rounds` times update(step), which back-propagates and calls step() -> what these return.
-    The adapter is left on, and saved in args.out/name for pipe.load_lora_weights."""
+    """A fresh adapter; `rounds` times update(step, trace), which back-propagates and calls step() -> trace, what these
+    return. The adapter is left on, and saved in args.out/name for pipe.load_lora_weights."""
     unet, file = model.unet, args.out / f"{name}_{accelerator.process_index}.pt"
     unet.delete_adapters([*getattr(unet, "peft_config", {})])
     torch.manual_seed(args.seed)
@@ -282,7 +281,7 @@ def train(args, accelerator, model, name, rounds, update):
         optimizer.zero_grad()
     for i in trange(len(trace), rounds, desc=name, disable=not accelerator.is_main_process):
         torch.manual_seed(args.seed + 1000 * (i + 1) + 10**6 * accelerator.process_index)  # the same after --resume
-        trace.append(update(step))
+        trace.append(update(step, trace))
         torch.save(dict(flags=flags, trace=trace, adapter=get_peft_model_state_dict(unet),
                         optimizer=optimizer.state_dict()), file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
@@ -337,7 +336,6 @@ class Diffusion:
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
         with torch.no_grad():
             self.cond, self.uncond = pipe.encode_prompt(args.prompts, device, 1, True)
-
     def eps(self, x, i, number):
         """The noise in latents x (n, C, h, w) at step i, () or (n,), for prompts number, () or (n,); float32."""
         number, t = (torch.as_tensor(v, device=x.device).expand(len(x)) for v in (number, self.times[i]))
@@ -348,7 +346,6 @@ class Diffusion:
             abar = torch.tensor(self.abar, device=x.device)[i].view(-1, 1, 1, 1)
             out = abar.sqrt() * out + (1 - abar).sqrt() * x
         return out
-
     def decode(self, x):
         """Latents (n, C, h, w) -> images (n, 3, H, W) in [0, 1], float32, with a gradient."""
         x = (x / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)
@@ -448,7 +445,7 @@ def main(args):
     for name in args.methods:
         options = dict(children=args.children, published=False, kl=False) | METHODS[name]
         traces[name] = train(args, accelerator, model, name, args.rounds or rounds,
-                             lambda step: dav_update(args, model, gain, step, paths, **options))
+                             lambda step, _: dav_update(args, model, gain, step, paths, **options))
         found[name] = as_groups(accelerator, gain, *sample_prompts(args, accelerator, model, images, step_kl))
         found |= dict(posterior=searched()) if name == "dav" else {}
     for name, out in list(found.items())[1:]:
@@ -461,8 +458,7 @@ def main(args):
         else:
             rows.append(("all", name, "elbo", z.mean(), z.std() / z.numel() ** 0.5, None))
     if accelerator.is_main_process:
-        sheets = save_samples(args, model, found)
-        report(args, rows, started, lambda: draw(found, sheets, traces))
+        report(args, rows, started, lambda: draw(found, save_samples(args, model, found), traces))
 
 if __name__ == "__main__":
     try:

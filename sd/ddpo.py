@@ -1,8 +1,8 @@
 """Fine-tune Stable Diffusion by policy gradients on the rewards of its images (DDPO), with and without KL.
 Paper: Black, Janner, Du, Kostrikov and Levine, "Training Diffusion Models with Reinforcement Learning", ICLR 2024,
 arXiv 2305.13301; its KL is that of Fan et al. (DPOK), arXiv 2305.16381. figure.png: the baseline of Fig. 2 of DAS.
-Run    python sd/ddpo.py                       miniature model, CLIP score of the prompt; 5 CPU minutes, --quick: 20 s
-       python sd/ddpo.py --reward jpeg         no gradient is needed; --resume goes on after an interruption
+Run    python sd/ddpo.py                       miniature model, CLIP score; 5 CPU minutes, --quick: 20 s; also --resume
+       python sd/ddpo.py --reward jpeg         the reward needs no gradient
        python sd/ddpo.py --device cuda --paper --model stable-diffusion-v1-5/stable-diffusion-v1-5 --reward aesthetic
            --clip openai/clip-vit-large-patch14 --chunk 2              24 GB; `accelerate launch`: several
 The adapter of each method is in out/sd_ddpo/<method>; diffusers loads it: pipe.load_lora_weights(that folder).
@@ -13,8 +13,7 @@ Notation (here -> paper); a step of the sampler is an action, x_t its state, the
     kl_weight -> alpha     of the KL of the paths, nats, in ddpo_kl: E[gain] - kl_weight KL, as in sd/draft.py
 Algorithm (DDPO-IS)
     1. draw paths with the adapter, their steps' log_p and KL, and the reward of their images           `collect`
-    2. on each part of the paths, ascend min(ratio A, clipped ratio A) - kl_weight KL               `ddpo_update`
-    3. Adam on the LoRA weights; new paths                                                               `train`
+    2. on each part of the paths, ascend min(ratio A, clipped ratio A) - kl_weight KL by Adam       `ddpo_update`
     The KL acts twice: a step's own is differentiated, that of the steps after it is part of its advantage.
 Published: no KL; log_p averaged over 16,384 numbers and a clip at 1e-4, for sums --clip-ratio 1.6.
 What you should see (seed 0): in 16 rounds of 32 images ddpo gains .89 +- .08 for 110 nats, ddpo_kl .41 +- .05 for 27;
@@ -193,10 +192,8 @@ def ddpo_update(args, model, gain, step, batch, kl_weight):
             mean, sigma = kernel(x[i, index], eps, model.abar[i], model.abar[i + 1])
             ratio = (log_prob(x[i + 1, index], mean, sigma) - log_p[i, index]).exp()
             near = ratio.clamp(1 - args.clip_ratio, 1 + args.clip_ratio)
-            loss = -torch.minimum(ratio * a, near * a)
-            if kl_weight:
-                loss = loss + kl_weight * step_kl(model, x[i, index], i, number[index], eps)
-            (loss.sum() / len(part)).backward()
+            kl_now = step_kl(model, x[i, index], i, number[index], eps) if kl_weight else 0
+            ((kl_weight * kl_now - torch.minimum(ratio * a, near * a)).sum() / len(part)).backward()
             clipped.append((ratio != near).float().mean().item())
         step()
     return r.mean().item(), kl.mean().item(), sum(clipped) / len(clipped)
@@ -210,8 +207,8 @@ def step_kl(model, x, i, number, eps):
     return (mean / sigma) ** 2 * apart.flatten(1).square().sum(1) / 2
 
 def train(args, accelerator, model, name, rounds, update):
-    """A fresh adapter, and `rounds` times update(step), which back-propagates and calls step() -> what these return.
-    The adapter is left on, and saved in args.out/name for pipe.load_lora_weights."""
+    """A fresh adapter; `rounds` times update(step, trace), which back-propagates and calls step() -> trace, what these
+    return. The adapter is left on, and saved in args.out/name for pipe.load_lora_weights."""
     unet, file = model.unet, args.out / f"{name}_{accelerator.process_index}.pt"
     unet.delete_adapters([*getattr(unet, "peft_config", {})])
     torch.manual_seed(args.seed)
@@ -235,7 +232,7 @@ def train(args, accelerator, model, name, rounds, update):
         optimizer.zero_grad()
     for i in trange(len(trace), rounds, desc=name, disable=not accelerator.is_main_process):
         torch.manual_seed(args.seed + 1000 * (i + 1) + 10**6 * accelerator.process_index)  # the same after --resume
-        trace.append(update(step))
+        trace.append(update(step, trace))
         torch.save(dict(flags=flags, trace=trace, adapter=get_peft_model_state_dict(unet),
                         optimizer=optimizer.state_dict()), file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
@@ -290,7 +287,6 @@ class Diffusion:
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
         with torch.no_grad():
             self.cond, self.uncond = pipe.encode_prompt(args.prompts, device, 1, True)
-
     def eps(self, x, i, number):
         """The noise in latents x (n, C, h, w) at step i, () or (n,), for prompts number, () or (n,); float32."""
         number, t = (torch.as_tensor(v, device=x.device).expand(len(x)) for v in (number, self.times[i]))
@@ -301,7 +297,6 @@ class Diffusion:
             abar = torch.tensor(self.abar, device=x.device)[i].view(-1, 1, 1, 1)
             out = abar.sqrt() * out + (1 - abar).sqrt() * x
         return out
-
     def decode(self, x):
         """Latents (n, C, h, w) -> images (n, 3, H, W) in [0, 1], float32, with a gradient."""
         x = (x / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)
@@ -388,16 +383,15 @@ def main(args):
     gain = make_gain(args, accelerator, model, base[0])
     found = dict(base=as_groups(accelerator, gain, *base))
     for name in args.methods:
-        traces[name] = train(args, accelerator, model, name, rounds,
-                             lambda step: ddpo_update(args, model, gain, step, batch, METHODS[name] * args.kl_weight))
+        traces[name] = train(args, accelerator, model, name, rounds, lambda step, _: ddpo_update(
+            args, model, gain, step, batch, METHODS[name] * args.kl_weight))
         found[name] = as_groups(accelerator, gain, *sample_prompts(args, accelerator, model, images, step_kl))
         change = found[name]["gain"] - found["base"]["gain"]
         rows += [("all", name, "gain", change.mean(), (change.var(1).mean() / change.numel()).sqrt(), None),
                  ("all", name, "kl", found[name]["kl"].mean(), None, None),
                  ("all", name, "clipped", sum(clipped for *_, clipped in traces[name]) / rounds, None, None)]
     if accelerator.is_main_process:
-        sheets = save_samples(args, model, found)
-        report(args, rows, started, lambda: draw(args, found, sheets, traces))
+        report(args, rows, started, lambda: draw(args, found, save_samples(args, model, found), traces))
 
 if __name__ == "__main__":
     try:

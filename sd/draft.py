@@ -187,8 +187,8 @@ def step_kl(model, x, i, number, eps):
     return (mean / sigma) ** 2 * apart.flatten(1).square().sum(1) / 2
 
 def train(args, accelerator, model, name, rounds, update):
-    """A fresh adapter, and `rounds` times update(step), which back-propagates and calls step() -> what these return.
-    The adapter is left on, and saved in args.out/name for pipe.load_lora_weights."""
+    """A fresh adapter; `rounds` times update(step, trace), which back-propagates and calls step() -> trace, what these
+    return. The adapter is left on, and saved in args.out/name for pipe.load_lora_weights."""
     unet, file = model.unet, args.out / f"{name}_{accelerator.process_index}.pt"
     unet.delete_adapters([*getattr(unet, "peft_config", {})])
     torch.manual_seed(args.seed)
@@ -212,7 +212,7 @@ def train(args, accelerator, model, name, rounds, update):
         optimizer.zero_grad()
     for i in trange(len(trace), rounds, desc=name, disable=not accelerator.is_main_process):
         torch.manual_seed(args.seed + 1000 * (i + 1) + 10**6 * accelerator.process_index)  # the same after --resume
-        trace.append(update(step))
+        trace.append(update(step, trace))
         torch.save(dict(flags=flags, trace=trace, adapter=get_peft_model_state_dict(unet),
                         optimizer=optimizer.state_dict()), file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
@@ -267,7 +267,6 @@ class Diffusion:
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
         with torch.no_grad():
             self.cond, self.uncond = pipe.encode_prompt(args.prompts, device, 1, True)
-
     def eps(self, x, i, number):
         """The noise in latents x (n, C, h, w) at step i, () or (n,), for prompts number, () or (n,); float32."""
         number, t = (torch.as_tensor(v, device=x.device).expand(len(x)) for v in (number, self.times[i]))
@@ -278,7 +277,6 @@ class Diffusion:
             abar = torch.tensor(self.abar, device=x.device)[i].view(-1, 1, 1, 1)
             out = abar.sqrt() * out + (1 - abar).sqrt() * x
         return out
-
     def decode(self, x):
         """Latents (n, C, h, w) -> images (n, 3, H, W) in [0, 1], float32, with a gradient."""
         x = (x / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)
@@ -367,14 +365,13 @@ def main(args):
     for name in args.methods:
         options = dict(back=args.steps, kl=False) | METHODS[name]
         traces[name] = train(args, accelerator, model, name, updates,
-                             lambda step: draft_update(args, model, gain, step, batch, **options))
+                             lambda step, _: draft_update(args, model, gain, step, batch, **options))
         found[name] = as_groups(accelerator, gain, *sample_prompts(args, accelerator, model, images, step_kl))
         change = found[name]["gain"] - found["base"]["gain"]
         rows += [("all", name, "gain", change.mean(), (change.var(1).mean() / change.numel()).sqrt(), None),
                  ("all", name, "kl", found[name]["kl"].mean(), None, None)]
     if accelerator.is_main_process:
-        sheets = save_samples(args, model, found)
-        report(args, rows, started, lambda: draw(args, found, sheets, traces))
+        report(args, rows, started, lambda: draw(args, found, save_samples(args, model, found), traces))
 
 if __name__ == "__main__":
     try:

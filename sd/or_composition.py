@@ -15,9 +15,8 @@ What can be reached: `mixture` picks a prompt by weight and keeps it, log 3 nats
 the best even of those that remember their path: its KL, averaged by the weights, bounds that of any adapter.
 What you should see (seed 0): base 566, 762, 668 nats; equal_weights 112, 209, 137; constrained 145, 208, 156, no
 better: its weights (.06, .82, .12) follow what is not trained yet; posterior_mean 9, 3, 17, nearly all in the first
-of 10 steps. A first step to the mean lands nearest one prompt: 23 of 24 images are horses. The rest is training, not
-rank: with prompts cat, butterfly, fish, after 50 CPU seconds, the KLs were 215, 274, 217 with attention alone at rank
-4, 193, 245, 191 at 32; with LAYERS 123, 132, 113 at rank 16, 126, 140, 116 at 64; with all weights free 118, 120, 102.
+of 10 steps. The rest is training, not rank: with prompts cat, butterfly, fish, after 50 CPU seconds, attention alone
+had 215, 274, 217 at rank 4, 193, 245, 191 at 32; LAYERS 123, 132, 113 at 16; all weights free 118, 120, 102.
 """
 import argparse, copy, csv, json, math, os, pathlib, sys, time, types, peft
 import torch
@@ -148,28 +147,28 @@ def path_kl(student, i, x, eps):
     apart = student.eps(x, i, 0) - eps
     return len(student.times) * cost(student, i) * apart.flatten(1).square().sum(1)
 
-def cover(args, accelerator, student, data, path, move, step):
-    """A round: args.every descents of sum_i dual_i KL_i on batches, then a step of the multipliers, which path lists.
+def cover(args, accelerator, student, data, dual, move, step):
+    """A round: args.every descents of sum_i dual_i KL_i on batches, then, if they may move, a step of the multipliers.
     data: x, eps (m, T, n, ...) -> multipliers and KLs, two lists."""
     (x, eps), m, batch, slack = data, len(args.prompts), args.size[1] * len(args.prompts), 0.0
     for _ in range(args.every):
         at, found = [torch.arange(batch) % m, *(torch.randint(v, (batch,)) for v in x.shape[1:3])], []
         for k, i, n in zip(*(v.split(args.chunk) for v in at)):
             kl = path_kl(student, i, x[k, i, n], eps[k, i, n])
-            (path[-1].to(kl)[k] @ kl / args.size[1]).backward()
+            (dual.to(kl)[k] @ kl / args.size[1]).backward()
             found.append(kl.detach())
         step()
         slack = slack + accelerator.reduce(torch.cat(found).view(-1, m).mean(0), "mean").double().cpu() / args.every
-    path.append(dual_step(path[-1], slack, curvature(path[-1], slack), simplex=True) if move else path[-1])
-    return path[-1].tolist(), slack.tolist()
+    dual = dual_step(dual, slack, curvature(dual, slack), simplex=True) if move else dual
+    return dual.tolist(), slack.tolist()
 
 def LoraConfig(target_modules, **options):
     """peft's, of the attention, which train asks for, and of the layers that hold most of the weights."""
     return peft.LoraConfig(target_modules=target_modules + LAYERS, **options)
 
 def train(args, accelerator, model, name, rounds, update):
-    """A fresh adapter, and `rounds` times update(step), which back-propagates and calls step() -> what these return.
-    The adapter is left on, and saved in args.out/name for pipe.load_lora_weights."""
+    """A fresh adapter; `rounds` times update(step, trace), which back-propagates and calls step() -> trace, what these
+    return. The adapter is left on, and saved in args.out/name for pipe.load_lora_weights."""
     unet, file = model.unet, args.out / f"{name}_{accelerator.process_index}.pt"
     unet.delete_adapters([*getattr(unet, "peft_config", {})])
     torch.manual_seed(args.seed)
@@ -193,7 +192,7 @@ def train(args, accelerator, model, name, rounds, update):
         optimizer.zero_grad()
     for i in trange(len(trace), rounds, desc=name, disable=not accelerator.is_main_process):
         torch.manual_seed(args.seed + 1000 * (i + 1) + 10**6 * accelerator.process_index)  # the same after --resume
-        trace.append(update(step))
+        trace.append(update(step, trace))
         torch.save(dict(flags=flags, trace=trace, adapter=get_peft_model_state_dict(unet),
                         optimizer=optimizer.state_dict()), file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
@@ -251,7 +250,6 @@ class Diffusion:
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
         with torch.no_grad():
             self.cond, self.uncond = pipe.encode_prompt(args.prompts, device, 1, True)
-
     def eps(self, x, i, number):
         """The noise in latents x (n, C, h, w) at step i, () or (n,), for prompts number, () or (n,); float32."""
         number, t = (torch.as_tensor(v, device=x.device).expand(len(x)) for v in (number, self.times[i]))
@@ -262,7 +260,6 @@ class Diffusion:
             abar = torch.tensor(self.abar, device=x.device)[i].view(-1, 1, 1, 1)
             out = abar.sqrt() * out + (1 - abar).sqrt() * x
         return out
-
     def decode(self, x):
         """Latents (n, C, h, w) -> images (n, 3, H, W) in [0, 1], float32, with a gradient."""
         x = (x / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)
@@ -360,14 +357,12 @@ def main(args):
                 steps.setdefault("posterior_mean", []).append(best.mean(0).cpu())
     look("base", equal)
     for name in args.methods:
-        file, path = args.out / f"{name}_{accelerator.process_index}.pt", [equal]
-        if args.resume and file.exists():  # the multipliers that train goes on with
-            path += [torch.tensor(dual, dtype=torch.float64, device="cpu")
-                     for dual, _ in loaded(file, torch.load, file, weights_only=True)["trace"]]
-        # a network that has just begun is further from some prompts than from others for no other reason
-        trace = train(args, accelerator, model, name, rounds, lambda step: cover(
-            args, accelerator, student, data, path, name == "constrained" and len(path) > rounds / 6, step))
-        paths[name] = [dual for dual, _ in trace]
+        def update(step, trace):
+            dual = torch.tensor(trace[-1][0], dtype=torch.float64, device="cpu") if trace else equal
+            # a network that has just begun is further from some prompts than from others for no other reason
+            move = name == "constrained" and len(trace) + 1 > rounds / 6
+            return cover(args, accelerator, student, data, dual, move, step)
+        paths[name] = [dual for dual, _ in train(args, accelerator, model, name, rounds, update)]
         look(name, torch.tensor(paths[name][-1 - rounds // 4 :], dtype=torch.float64, device="cpu").mean(0))
     found = {name: accelerator.gather(x)[None, :, None] for name, x in found.items()}
     if accelerator.is_main_process:

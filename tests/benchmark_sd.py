@@ -82,7 +82,7 @@ def measure(name, chunk, args):
     clocks = dict(unet=Clock(pipe.unet, 0, "sample"), decoder=Clock(pipe.vae.decoder),
                   reward=Clock(clip, "pixel_values", "image_embeds"))
     train = lambda update, *last: script.train(
-        flags, accelerator, model, name, 1, lambda step: update(flags, model, gain, step, args.particles, *last))
+        flags, accelerator, model, name, 1, lambda step, _: update(flags, model, gain, step, args.particles, *last))
     begin = time.perf_counter()
     with set_checkpoint_early_stop(False):  # else what is computed again ends before its last edge
         dict(das=lambda: script.das(model, gain, 0, 1, args.particles, flags, 0.5),

@@ -12,7 +12,7 @@ das = compare.das
 
 def consensus(name):
     """The most frequent letter of each place of a motif -> list of tokens."""
-    return torch.tensor([[int(n) for n in row.split()] for row in compare.MOTIFS[name]]).argmax(0).tolist()
+    return torch.tensor(compare.MOTIFS[name]).argmax(0).tolist()
 
 
 @pytest.mark.parametrize("name", compare.MOTIFS)

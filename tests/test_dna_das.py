@@ -47,7 +47,7 @@ def after(steps):
 def z_scores(module=das, steps=5, groups=3000, particles=6, seed=0, **options):
     """z of Z, of the tilted mean of the reward and of the held-out one, against the exact answer of so many steps."""
     world = types.SimpleNamespace(length=LENGTH, steps=steps, kl_weight=0.7, denoiser=module.ExactDenoiser(P),
-                                  reward=module.TableReward(R), held_out=module.TableReward(P.log()))
+                                  reward=module.table_reward(R), held_out=module.table_reward(P.log()))
     torch.manual_seed(seed)
     out = module.das(world, groups, particles, types.SimpleNamespace(kl_weight=None, gamma=0.005, max_shift=1.0, chunk=999),
                      **options)
@@ -106,8 +106,8 @@ def test_rows_without_a_new_letter_are_not_looked_at_again():
             nonlocal calls
             calls += len(x)
             return exact(x)
-        world = types.SimpleNamespace(length=LENGTH, steps=32, kl_weight=0.7, denoiser=denoiser, reward=module.TableReward(R),
-                                      held_out=module.TableReward(R))
+        world = types.SimpleNamespace(length=LENGTH, steps=32, kl_weight=0.7, denoiser=denoiser, reward=module.table_reward(R),
+                                      held_out=module.table_reward(R))
         args = types.SimpleNamespace(kl_weight=None, gamma=0.008, max_shift=1.0, chunk=64)
         torch.manual_seed(3)
         found.append(module.das(world, 20, 10, args))
@@ -143,7 +143,7 @@ def test_exact_denoiser_is_the_conditional_distribution():
 
 def test_table_reward_is_the_mean_over_independent_letters():
     value, x = torch.randn(4**3), torch.cartesian_prod(*[torch.arange(4)] * 3)
-    reward, p = das.TableReward(value), torch.randn(5, 3, 4).softmax(2).requires_grad_()
+    reward, p = das.table_reward(value), torch.randn(5, 3, 4).softmax(2).requires_grad_()
     assert (reward(F.one_hot(x, 4)) - value).abs().max() < 1e-6
     brute = torch.stack([sum(value[n] * q[0, a] * q[1, b] * q[2, c] for n, (a, b, c) in enumerate(x.tolist())) for q in p])
     assert (reward(p) - brute).abs().max() < 1e-5

@@ -28,8 +28,8 @@ class Table(torch.nn.Module):
 def small(module=dav, p=P, r=R, length=LENGTH, steps=5, **changes):
     """World and flags."""
     world = types.SimpleNamespace(name="mpsa", length=length, steps=steps, kl_weight=KL_WEIGHT, p=p, net=Table(),
-                                  denoiser=module.ExactDenoiser(p), reward=module.TableReward(r),
-                                  held_out=module.TableReward(p.log()))
+                                  denoiser=module.ExactDenoiser(p), reward=module.table_reward(r),
+                                  held_out=module.table_reward(p.log()))
     return world, types.SimpleNamespace(**dict(kl_weight=None, max_shift=1.0, chunk=999, children=1, kl=0.5) | changes)
 
 def z_scores(module=dav, groups=3000, particles=6, seed=0, steps=5, **changes):

@@ -32,7 +32,7 @@ WHEN = WHEN.repeat(4**LENGTH, 1)
 PATHS = torch.stack([torch.where(WHEN > i, MASK, X) for i in range(STEPS + 1)])  # (4, 1728, 3)
 VALUE = torch.randn(4**LENGTH, generator=torch.Generator().manual_seed(3))
 R = VALUE.double()[(X * 4 ** torch.arange(2, -1, -1)).sum(1)]
-WORLD = SimpleNamespace(length=LENGTH, steps=STEPS, p=None, net=BASE, denoiser=BASE, reward=draft.TableReward(VALUE))
+WORLD = SimpleNamespace(length=LENGTH, steps=STEPS, p=None, net=BASE, denoiser=BASE, reward=draft.table_reward(VALUE))
 
 def listed(net):
     """log p and the sum of the kernels' KLs from BASE of every path (1728,), with a gradient."""
@@ -153,7 +153,8 @@ def test_the_published_kl_is_zero_where_it_should_not_be():
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path):
     def run(file, fail_at=9, **changes):
         net, calls = Table(5), []
-        def update(step):
+        def update(step, trace):
+            assert len(trace) == len(calls) or changes
             calls.append(1)
             if len(calls) == fail_at:
                 raise InterruptedError

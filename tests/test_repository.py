@@ -27,8 +27,8 @@ SPINES = {  # which script holds which short algorithm, the same to the letter: 
 LOOPS = {"sd/compare.py", "dna/compare.py", "toy/compare.py", "sd/das_online.py"}  # over scripts that they import
 BUDGETS = {"toy": 300, "sd": 400, "dna": 400, "toy/compare.py": 250, "sd/compare.py": 250, "sd/pretrain.py": 450,
            "dna/compare.py": 250, "dna/pretrain.py": 450, "dna/prepare_data.py": 200}  # lines
-OVER = {"sd/ddpo.py": 413, "sd/constrained_alignment.py": 442, "sd/msdda.py": 443, "sd/dav.py": 474,
-        "sd/and_composition.py": 493, "dna/msdda.py": 412, "dna/constrained_alignment.py": 452, "dna/dav.py": 516}
+OVER = {"sd/constrained_alignment.py": 429, "sd/msdda.py": 427, "sd/dav.py": 467, "sd/and_composition.py": 484,
+        "dna/constrained_alignment.py": 418, "dna/dav.py": 490}
 # known to be over their budgets, which stand; they must not grow
 
 

@@ -204,7 +204,7 @@ def mini(tmp_path):
     model = module.Diffusion(args, "cpu")
     def run(name, fail_at=99, **changes):
         done = []
-        def update(step):
+        def update(step, _):
             if len(done) == fail_at:
                 raise InterruptedError
             for p in model.unet.parameters():
@@ -213,7 +213,7 @@ def mini(tmp_path):
             step()
             return float(torch.rand(())), len(done)
         return module.train(types.SimpleNamespace(**vars(args) | changes), Accelerator(cpu=True), model, name, 4,
-                            lambda step: done.append(update(step)) or done[-1])
+                            lambda step, trace: done.append(update(step, trace)) or done[-1])
     return args, model, run
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(mini):

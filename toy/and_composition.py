@@ -1,5 +1,4 @@
 """Compose diffusion models by AND: sample the product of their densities whose worst KL from them is least.
-
 Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusion Models using Constrained Learning",
 NeurIPS 2025, arXiv 2508.19104. figure.png: its Fig. 1 (paper), and two problems of its notebook (pair, ring).
 Run    python toy/and_composition.py                  a minute; --quick: 8 seconds; --paper: larger, not run here
@@ -53,7 +52,6 @@ class Mixture(MixtureSameFamily):
     def __init__(self, log_w, means, vars):
         self.log_w, self.means, self.vars = log_w.log_softmax(0), means, vars + 0 * means
         super().__init__(Categorical(logits=log_w), Independent(Normal(means, self.vars.sqrt()), 1))
-
     def denoise(self, x, abar):
         """Mean and variance of x_0 given x_t = x (..., d), by coordinate -> twice (..., d)."""
         noised = abar * self.vars + 1 - abar  # of x_t in each component
@@ -62,7 +60,6 @@ class Mixture(MixtureSameFamily):
         means = (abar**0.5 * self.vars * x[..., None, :] + (1 - abar) * self.means) / noised
         mean = (share * means).sum(-2)
         return mean, (share * ((means - mean[..., None, :]) ** 2 + (1 - abar) * self.vars / noised)).sum(-2)
-
     def tilt(self, slope, curvature):
         """The mixture times exp(sum_d slope x - curvature x^2 / 2), slope and curvature (d,) -> Mixture, log Z."""
         grow = 1 + curvature * self.vars  # by completing the square
@@ -81,7 +78,6 @@ class Problem:
         found = minimize(lambda v: -v @ self.product(torch.from_numpy(v))[1].numpy(), [1 / len(table)] * len(table),
                          tol=1e-14, bounds=[(0, 1)] * len(table), constraints=dict(type="eq", fun=lambda v: sum(v) - 1))
         self.dual = torch.from_numpy(found.x)
-
     def product(self, dual):
         """prod_i q_i^dual_i / Z as a Normal (2,), KL(it || q_i) (m,), nats. Precisions add; -log Z = dual @ KLs."""
         precision = dual[:, None] / self.gaussians.variance
@@ -190,7 +186,6 @@ class Denoiser(nn.Module):
         self.mean, self.std, d = data.mean, data.variance.mean().sqrt(), len(data.mean)
         self.mlp = nn.Sequential(nn.Linear(d + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                  nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * d))
-
     def forward(self, x, abar):
         abar = torch.as_tensor(abar, dtype=x.dtype).expand(*x.shape[:-1], 1)
         scale = (abar * self.std**2 + 1 - abar).rsqrt()

@@ -1,11 +1,9 @@
 """All methods on one problem, each as a front over its temperature, strength, rounds or stopping time.
-
 Counterpart of DAS Fig. 1 (Kim et al., arXiv 2501.05803) and DAV Fig. 2 (Lee et al., arXiv 2510.00502). figure.png:
 samples; fronts; what more particles do in the published code of DAS. It alone of all scripts imports the others.
 Run    python toy/compare.py                    4 minutes; --quick: 1, coarse
        python toy/compare.py --problem gmm      the grid instead of the ring
 Read first: tilt_with, settings, left_behind.
-
 A reward says little alone: going on raises it and narrows the samples. What is best at a given E[r] is known: the tilt
 p exp(r / a) whose E[r] it is keeps nearest to p. So each setting of a method is compared with the tilt of its *own*
 mean reward (`tilt_with`), not with one target that suits one method:
@@ -13,7 +11,6 @@ mean reward (`tilt_with`), not with one target that suits one method:
     emd         earth mover's distance from that tilt; its floor is that of exact draws, row exact
     calls       network calls in millions, training and 10,000 samples together; a backward pass counts as two
 DAS, guidance: kl_weight and strength. DDPO, DRaFT with KL: kl_weight; without: the number of updates. DAV: rounds.
-
 What you should see (gmm2, seed 0): das, importance and ddpo_kl stay on the front (coverage .98 or more); draft_kl and
     dav lose up to .06, guidance .12 where both modes count. ddpo and draft without KL leave it on their way (.86, .76);
     they come back when the tilt is narrow too. The published code's E[r] rises from -1.43 to -0.94 with particles.

@@ -1,5 +1,4 @@
 """Align a diffusion model under constraints: the least KL from the pretrained model that meets all thresholds.
-
 Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusion Models using Constrained Learning",
 NeurIPS 2025, arXiv 2508.19104. figure.png: its Fig. 3 and 4 in two dimensions, the exact answer beside.
 Run    python toy/constrained_alignment.py                  1 minute; --quick: 10 seconds; --paper: 5 minutes
@@ -15,8 +14,7 @@ Algorithm 1. rollout: the network's points with the KL of its paths from the pre
 What you should see (seed 0): multipliers 2.46, 2.07 (exact 2.44, 2.06), 3.18 (2.96; seeds 1, 2: 3.00, 2.91), 2.49,
 .48 (2.46, .48); one weight for all misses reward 1 of competing (.42 for .6). The KL of bump's network is .54 for .50.
 Why it is larger: a step draws a Gaussian, the exact tilt of a step is none. With the pretrained variances held fixed,
-bump's multiplier is 3.67, 3.29, 3.00 at 10, 20, 40 steps: discretisation, not the network or the dual step.
-With --score exact the KL is from the pretrained model's closed form: still .52, so its network is not the reason.
+bump's multiplier is 3.67, 3.29, 3.00 at 10, 20, 40 steps: discretisation; with --score exact the KL is still .52.
 """
 import argparse, copy, json, math, os, pathlib, time
 import torch
@@ -54,7 +52,6 @@ class Mixture(MixtureSameFamily):
     def __init__(self, log_w, means, vars):
         self.log_w, self.means, self.vars = log_w.log_softmax(0), means, vars + 0 * means
         super().__init__(Categorical(logits=log_w), Independent(Normal(means, self.vars.sqrt()), 1))
-
     def denoise(self, x, abar):
         """Mean and variance of x_0 given x_t = x (..., d), by coordinate -> twice (..., d)."""
         noised = abar * self.vars + 1 - abar  # of x_t in each component
@@ -63,7 +60,6 @@ class Mixture(MixtureSameFamily):
         means = (abar**0.5 * self.vars * x[..., None, :] + (1 - abar) * self.means) / noised
         mean = (share * means).sum(-2)
         return mean, (share * ((means - mean[..., None, :]) ** 2 + (1 - abar) * self.vars / noised)).sum(-2)
-
     def tilt(self, slope, curvature):
         """The mixture times exp(sum_d slope x - curvature x^2 / 2), slope and curvature (d,) -> Mixture, log Z."""
         grow = 1 + curvature * self.vars  # by completing the square
@@ -73,7 +69,6 @@ class Mixture(MixtureSameFamily):
 
 class Problem:
     """A pretrained model, rewards, thresholds; what is exact, by sums over a grid."""
-
     def __init__(self, name, thresholds=None, weight=1.5):
         two, near = [(-1.0, 0.0, 0.1), (1.0, 0.0, 0.1)], lambda x: -x.square().sum(-1) / 2
         along = lambda a, b: lambda x: a * x[..., 0] + b * x[..., 1]
@@ -108,7 +103,6 @@ class Problem:
         if not (self.b - mean).max() < 1e-3:  # the dual function has no maximum
             raise ValueError(f"no model within 6 of the origin was found to meet thresholds {limits}: by "
                              f"{(self.b - mean).max():.2g} they are missed, and multipliers would grow for ever.")
-
     def moments(self, dual):
         """Of the tilt q exp(dual' r) / Z, the best model at these multipliers: masses of the cells, mean rewards (m,),
         their covariance (m, m), KL from q; and the dual function dual' b - log Z, whose gradient is b - mean."""
@@ -172,7 +166,6 @@ class Denoiser(nn.Module):
         self.mean, self.std, d = data.mean, data.variance.mean().sqrt(), len(data.mean)
         self.mlp = nn.Sequential(nn.Linear(d + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                  nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * d))
-
     def forward(self, x, abar):
         abar = torch.as_tensor(abar, dtype=x.dtype).expand(*x.shape[:-1], 1)
         scale = (abar * self.std**2 + 1 - abar).rsqrt()

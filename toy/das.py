@@ -57,7 +57,6 @@ class Mixture(MixtureSameFamily):
     def __init__(self, log_w, means, vars):
         self.log_w, self.means, self.vars = log_w.log_softmax(0), means, vars + 0 * means
         super().__init__(Categorical(logits=log_w), Independent(Normal(means, self.vars.sqrt()), 1))
-
     def denoise(self, x, abar):
         """Mean and variance of x_0 given x_t = x (..., d), by coordinate -> twice (..., d)."""
         noised = abar * self.vars + 1 - abar  # of x_t in each component
@@ -66,7 +65,6 @@ class Mixture(MixtureSameFamily):
         means = (abar**0.5 * self.vars * x[..., None, :] + (1 - abar) * self.means) / noised
         mean = (share * means).sum(-2)
         return mean, (share * ((means - mean[..., None, :]) ** 2 + (1 - abar) * self.vars / noised)).sum(-2)
-
     def tilt(self, slope, curvature):
         """The mixture times exp(sum_d slope x - curvature x^2 / 2), slope and curvature (d,) -> Mixture, log Z."""
         grow = 1 + curvature * self.vars  # by completing the square
@@ -170,7 +168,6 @@ class Denoiser(nn.Module):
         self.mean, self.std, d = data.mean, data.variance.mean().sqrt(), len(data.mean)
         self.mlp = nn.Sequential(nn.Linear(d + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                  nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * d))
-
     def forward(self, x, abar):
         abar = torch.as_tensor(abar, dtype=x.dtype).expand(*x.shape[:-1], 1)
         scale = (abar * self.std**2 + 1 - abar).rsqrt()

@@ -172,7 +172,6 @@ class Denoiser(nn.Module):
         self.mean, self.std, d = data.mean, data.variance.mean().sqrt(), len(data.mean)
         self.mlp = nn.Sequential(nn.Linear(d + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                  nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * d))
-
     def forward(self, x, abar):
         abar = torch.as_tensor(abar, dtype=x.dtype).expand(*x.shape[:-1], 1)
         scale = (abar * self.std**2 + 1 - abar).rsqrt()

@@ -1,11 +1,9 @@
 """Fine-tune a diffusion model by reinforcement learning on the rewards of its samples (DDPO), with and without KL.
-
 Paper: Black, Janner, Du, Kostrikov and Levine, "Training Diffusion Models with Reinforcement Learning", ICLR 2024,
 arXiv 2305.13301; the RL baseline in Fig. 1 of DAS (arXiv 2501.05803). figure.png: that baseline.
 Run    python toy/ddpo.py   one minute; --quick: 8 seconds. To try: --kl-weight 0.3; --clip 10 --reuse 20
        as published (row ddpo): no KL term; ddpo_kl adds it, as DPOK does (arXiv 2305.16381)
 Read first: policy, paths, collect, ddpo. Skip: Denoiser, measure, draw, checked, report.
-
 Notation (here -> papers); N paths of T steps
     kl_weight -> alpha     reward temperature: the target is p(x) exp(r(x) / kl_weight) / Z
     policy -> pi           a step of the sampler: the state is x_t, the action x_{t-1}, the reward comes at the end
@@ -55,7 +53,6 @@ class Mixture(MixtureSameFamily):
     def __init__(self, log_w, means, vars):
         self.log_w, self.means, self.vars = log_w.log_softmax(0), means, vars + 0 * means
         super().__init__(Categorical(logits=log_w), Independent(Normal(means, self.vars.sqrt()), 1))
-
     def denoise(self, x, abar):
         """Mean and variance of x_0 given x_t = x (..., d), by coordinate -> twice (..., d)."""
         noised = abar * self.vars + 1 - abar  # of x_t in each component
@@ -64,7 +61,6 @@ class Mixture(MixtureSameFamily):
         means = (abar**0.5 * self.vars * x[..., None, :] + (1 - abar) * self.means) / noised
         mean = (share * means).sum(-2)
         return mean, (share * ((means - mean[..., None, :]) ** 2 + (1 - abar) * self.vars / noised)).sum(-2)
-
     def tilt(self, slope, curvature):
         """The mixture times exp(sum_d slope x - curvature x^2 / 2), slope and curvature (d,) -> Mixture, log Z."""
         grow = 1 + curvature * self.vars  # by completing the square
@@ -74,7 +70,6 @@ class Mixture(MixtureSameFamily):
 
 class Problem:
     """The data and the reward r(x) = -sum_d a (x - c)^2 of DAS, with the exact target, its log Z and E[r]."""
-
     def __init__(self, name, kl_weight):
         line, angle = torch.tensor([-4.0, 0.0, 4.0]), torch.arange(8) * math.pi / 4
         if name == "gmm":  # a 3 x 3 grid
@@ -161,7 +156,6 @@ class Denoiser(nn.Module):
         self.mean, self.std, d = data.mean, data.variance.mean().sqrt(), len(data.mean)
         self.mlp = nn.Sequential(nn.Linear(d + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                  nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * d))
-
     def forward(self, x, abar):
         abar = torch.as_tensor(abar, dtype=x.dtype).expand(*x.shape[:-1], 1)
         scale = (abar * self.std**2 + 1 - abar).rsqrt()

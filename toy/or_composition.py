@@ -1,11 +1,9 @@
 """One diffusion model for several data sets (OR): trained on their mixture, weighted for the one served worst.
-
 Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusion Models using Constrained Learning",
 NeurIPS 2025, arXiv 2508.19104. figure.png: its Fig. 2 (row paper, panels equal_weights and elbo), exact weights beside.
 Run    python toy/or_composition.py              1 minute; --quick: 8 seconds; --paper: its 6000 steps, 4 minutes
        as published: --problem paper --objective elbo. To try: --objective kl, which data set gets less than half?
 Read first: fit, look, nats, dual_step. Skip: Denoiser, draw, checked, report.
-
 Notation (here -> paper)
     q_i, dual -> q^i, lambda   data sets; multipliers, which are also the shares of the data sets in the training
     mixture -> q_mix^lambda    sum_i dual_i q_i, the best model at these multipliers
@@ -51,7 +49,6 @@ class Mixture(MixtureSameFamily):
     def __init__(self, log_w, means, vars):
         self.log_w, self.means, self.vars = log_w.log_softmax(0), means, vars + 0 * means
         super().__init__(Categorical(logits=log_w), Independent(Normal(means, self.vars.sqrt()), 1))
-
     def denoise(self, x, abar):
         """Mean and variance of x_0 given x_t = x (..., d), by coordinate -> twice (..., d)."""
         noised = abar * self.vars + 1 - abar  # of x_t in each component
@@ -60,7 +57,6 @@ class Mixture(MixtureSameFamily):
         means = (abar**0.5 * self.vars * x[..., None, :] + (1 - abar) * self.means) / noised
         mean = (share * means).sum(-2)
         return mean, (share * ((means - mean[..., None, :]) ** 2 + (1 - abar) * self.vars / noised)).sum(-2)
-
     def tilt(self, slope, curvature):
         """The mixture times exp(sum_d slope x - curvature x^2 / 2), slope and curvature (d,) -> Mixture, log Z."""
         grow = 1 + curvature * self.vars  # by completing the square
@@ -70,7 +66,6 @@ class Mixture(MixtureSameFamily):
 
 class Problem:
     """Data sets q_i, their log densities on a grid, and what follows from sums over it."""
-
     def __init__(self, name):
         # your own: for every data set, Gaussians of equal weight (mean x, mean y, variance)
         sets = dict(paper=[[(0.75, 0.0, 0.025)], [(-0.75, 0.75, 0.025), (-0.75, -0.75, 0.025)]],
@@ -84,17 +79,14 @@ class Problem:
         self.grid, log_cell = torch.cartesian_prod(line, line), 2 * math.log(2 * half / 200)
         self.log_q = torch.stack([q.log_prob(self.grid) for q in self.data]) + log_cell  # of a cell's mass
         self.entropy = -(self.log_q.exp() * (self.log_q - log_cell)).sum(1).cpu()
-
     def mixture(self, weights):
         """sum_i weights_i q_i -> Mixture: the best model at these multipliers."""
         log_w = [w.log() + q.mixture_distribution.logits for w, q in zip(weights.to(self.modes), self.data)]
         return Mixture(torch.cat(log_w), self.modes, torch.cat([q.vars for q in self.data]))
-
     def slack(self, weights, objective):
         """KL(q_i || mixture), or the cross entropies of the mixture, exactly (m,): the dual function's gradient."""
         log_mix = (self.log_q + weights.to(self.log_q).log()[:, None]).logsumexp(0)
         return (self.log_q.exp() * (self.log_q - log_mix)).sum(1).cpu() + (self.entropy if objective == "elbo" else 0)
-
     def shape(self, x, mass):
         """Points x (N, 2) of mass (N,), each put to its nearest mode -> masses (K,), squared offsets (N,)."""
         near = torch.cdist(x, self.modes.to(x)).argmin(1)
@@ -192,7 +184,6 @@ class Denoiser(nn.Module):
         self.mean, self.std, d = data.mean, data.variance.mean().sqrt(), len(data.mean)
         self.mlp = nn.Sequential(nn.Linear(d + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                  nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * d))
-
     def forward(self, x, abar):
         abar = torch.as_tensor(abar, dtype=x.dtype).expand(*x.shape[:-1], 1)
         scale = (abar * self.std**2 + 1 - abar).rsqrt()
