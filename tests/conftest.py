@@ -2,6 +2,7 @@
 import importlib.util
 import os
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -13,17 +14,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same sums on a machine of a
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 SOURCE = REPOSITORY
 
-
 def pytest_addoption(parser):
     parser.addoption("--src", type=pathlib.Path, default=REPOSITORY, help="folder that holds toy/, sd/, dna/")
-
 
 def pytest_configure(config):
     global SOURCE
     SOURCE = config.getoption("--src").resolve()
     if not all((SOURCE / folder).is_dir() for folder in ("toy", "sd", "dna")):
         raise pytest.UsageError(f"{SOURCE} does not hold the folders toy, sd and dna.")
-
 
 def load(script):
     """The module of a script such as "toy/das.py"."""
@@ -38,6 +36,12 @@ def load(script):
             sys.modules.pop(sibling.stem, None)
     return sys.modules[name]
 
+def in_two_processes(script, *flags):
+    """Runs a script by torchrun -> its standard output."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SOURCE / script]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 def planted(script, *changes):
     """The module of a script with each text `old` replaced by `new`; `old` must stand there exactly once."""

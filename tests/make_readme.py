@@ -10,11 +10,9 @@ import statistics
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
-
 def table(header, lines):
     lines = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
 
 def tidy(script):
     """{(problem, method, quantity): [row of each recorded seed]} of a script, or of two: toy/ddpo+toy/draft."""
@@ -24,7 +22,6 @@ def tidy(script):
             found.setdefault((r["problem"], r["method"], r["quantity"]), []).append(r)
     return found
 
-
 def over_seeds(rows, digits, key="estimate"):
     """mean +- standard deviation over the seeds, as text."""
     values = [r[key] for r in rows if r[key] is not None]
@@ -32,7 +29,6 @@ def over_seeds(rows, digits, key="estimate"):
         return ""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and len(set(values)) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}".replace("-0.000", "0.000")
-
 
 def tidy_table(script, problems, methods, quantities, digits="3", exact="", **_):
     """The table that a marker asks for: a line a problem (* is all) and method, a column a quantity, with exact=1
@@ -49,7 +45,6 @@ def tidy_table(script, problems, methods, quantities, digits="3", exact="", **_)
     head = [text for q in quantities.split(",") for text in ([q, "exact"] if exact else [q])]
     return table(["problem", "method", *head], lines)
 
-
 def gallery():
     """A row a figure; a record that is not there yet leaves its row out."""
     rows = []
@@ -60,7 +55,6 @@ def gallery():
             rows.append([figure, f"[{script}.py]({script}.py): `{function}`, {minutes} min", f"`{' '.join(key)}`",
                          over_seeds(found[key], digits), "; ".join(filter(None, (truth, theirs)))])
     return table(["figure", "script: function", "printed row", "ours", "exact; theirs"], rows)
-
 
 GALLERY = [  # figure, script, function, minutes of one core, its row, digits, row of the floor, theirs
     ("DAS 1", "toy/das", "das", "0.6", ("gmm2", "das", "emd"), 2, ("gmm2", "exact", "emd"), "code 0.98 to 1.16"),
@@ -92,7 +86,6 @@ GALLERY = [  # figure, script, function, minutes of one core, its row, digits, r
 
 PAGES = ("README.md", "toy/README.md", "sd/README.md", "dna/README.md")
 
-
 def fill(text):
     """A page with its tables made anew. A marker names the gallery, or a script and what to show of it:
     <!-- table toy/das problems=gmm,gmm2 methods=das,exact quantities=emd digits=3 exact=1 -->"""
@@ -105,7 +98,6 @@ def fill(text):
         return f"<!-- table {m[1]} -->\n{body}\n<!-- end -->"
 
     return re.sub(r"<!-- table (.*?) -->\n.*?<!-- end -->", replaced, text, flags=re.DOTALL)
-
 
 if __name__ == "__main__":
     for page in PAGES:

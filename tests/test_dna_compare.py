@@ -9,11 +9,9 @@ from conftest import load
 compare = load("dna/compare.py")
 das = compare.das
 
-
 def consensus(name):
     """The most frequent letter of each place of a motif -> list of tokens."""
     return torch.tensor(compare.MOTIFS[name]).argmax(0).tolist()
-
 
 @pytest.mark.parametrize("name", compare.MOTIFS)
 def test_a_motif_is_found_on_both_strands_and_rarely_by_chance(name):
@@ -27,7 +25,6 @@ def test_a_motif_is_found_on_both_strands_and_rarely_by_chance(name):
     for word in (planted, 3 - planted.flip(0)):
         x[:, 50 : 50 + width] = word
         assert compare.motif_rate(x, compare.MOTIFS[name]) == 1
-
 
 def test_measures_of_known_sequences():
     nets = {k: types.SimpleNamespace(score=lambda letters, k=k: k * letters[..., 1].sum(1)) for k in (1, 2, 3)}
@@ -43,7 +40,6 @@ def test_measures_of_known_sequences():
     other = {k: v for k, (v, _) in compare.measure(x, nets, compare.kmer_counts(x, 3)).items()}
     assert other["kmer3"] == pytest.approx(1)
 
-
 def test_watch_counts_rows_and_a_backward_pass_as_two():
     module = types.SimpleNamespace(MaskedDenoiser=das.MaskedDenoiser, Oracle=das.Oracle)
     net, counts, x = das.MaskedDenoiser(4, 3, [1]), [], torch.zeros(6, 9, dtype=torch.long)
@@ -58,7 +54,6 @@ def test_watch_counts_rows_and_a_backward_pass_as_two():
     stop()
     assert das.MaskedDenoiser.forward is forward
     assert [c[:2] for c in counts] == [["train", 24], ["sampled", 6], ["sample_paths", 6]]
-
 
 def test_a_run_that_stands_there_is_not_repeated(tmp_path):
     calls = []

@@ -18,7 +18,6 @@ from test_dna_das import LENGTH, MASK, P, X, after, das  # noqa: E402
 # ---- tables of users -------------------------------------------------------------------------------------------------
 HEADER = "seq,hepg2,k562,sknsh,chrom"
 
-
 def table(rows=300, length=40):
     """Lines of a table in the format of DRAKES, the activity in HepG2 being the number of GA."""
     rng, lines = np.random.default_rng(0), []
@@ -27,17 +26,14 @@ def table(rows=300, length=40):
         lines.append(f"{seq},{seq.count('GA') + rng.normal() / 9:.3f},{rng.normal():.3f},0.5,chr{[*range(1, 23), 'X'][k % 23]}")
     return lines
 
-
 def read(tmp_path, lines, header=HEADER, end="\n", name="table.csv", packed=False, start=""):
     content = (start + end.join([header, *lines]) + end).encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
     return prepare.read_table(tmp_path / name)
 
-
 def as_rna(line):
     seq, rest = line.split(",", 1)
     return f"{seq.lower().replace('t', 'u')},{rest}"
-
 
 FORMS = {
     "plain": {}, "gzip, however it is named": dict(packed=True), "gz": dict(packed=True, name="dataset.csv.gz"),
@@ -50,7 +46,6 @@ FORMS = {
     "others are left out": dict(change=lambda line: line + "\n" + line.rsplit("chr", 1)[0] + "chrM\nNNN,,,,chrUn_7"),
 }
 
-
 @pytest.mark.parametrize("form", FORMS)
 def test_tables_that_users_have(form, tmp_path, capsys):
     plain, options = read(tmp_path, table()), dict(FORMS[form])
@@ -62,10 +57,8 @@ def test_tables_that_users_have(form, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "300 sequences of 40 letters" in text and f"{600 if form == 'others are left out' else 0} on other" in text
 
-
 def edited(k, change):
     return lambda lines: [*lines[: k - 2], change(lines[k - 2]), *lines[k - 1 :]]  # line k of the file
-
 
 BAD = {
     "N": (edited(7, lambda line: "N" + line[1:]), "line 7: the sequence holds the letter N"),
@@ -82,7 +75,6 @@ BAD = {
     "no rows": (lambda lines: [], "0 sequences on"),
 }
 
-
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_rows_are_one_true_sentence(bad, tmp_path):
     change, words = BAD[bad]
@@ -90,10 +82,8 @@ def test_bad_rows_are_one_true_sentence(bad, tmp_path):
         read(tmp_path, change(table()))
     assert len(str(error.value).splitlines()) == 1 and "table.csv" in str(error.value)
 
-
 OTHERS = {"column": HEADER.replace("k562", "K-562") + "\nA", "tabs": HEADER.replace(",", "\t") + "\nA", "fasta": ">a\nACGT\n",
           "bed": "chr1\t10\t210\n", "parquet": b"PAR1\x15\x04\xff\xfe", "empty": "", "gzip cut short": gzip.compress(b"a" * 99)[:20]}
-
 
 @pytest.mark.parametrize("other", [*OTHERS, "missing", "folder"])
 def test_other_files_are_refused(other, tmp_path):
@@ -105,14 +95,12 @@ def test_other_files_are_refused(other, tmp_path):
     assert len(str(error.value).splitlines()) == 1 and str(path) in str(error.value)
     assert ("seq, hepg2, k562" in str(error.value)) == (other in ("column", "tabs", "fasta", "bed", "empty"))
 
-
 # ---- the two data sets -----------------------------------------------------------------------------------------------
 def wheel(path, tables):
     with zipfile.ZipFile(path, "w") as file:
         for member, text in tables.items():
             file.writestr(member, gzip.compress(text.encode()) if member.endswith("gz") else text)
     return path
-
 
 def test_packages_are_read_and_others_refused(tmp_path):
     first = "set,tot_ct,ex_ct,y,x\ntraining,28,2,0.5,GGAGUGAUG\ntest,7,1,-1,AAAGCAAAA\n"
@@ -132,7 +120,6 @@ def test_packages_are_read_and_others_refused(tmp_path):
         prepare.main(prepare.parse_args(["--wheels", str(tmp_path), "--out", str(tmp_path / "out")]))
     assert not (tmp_path / "out").exists()
 
-
 def test_shipped_data():
     sites, data = np.load(SOURCE / "dna/splice_sites.npz"), pretrain.read_elements(SOURCE / "dna/elements.npz")
     assert sites["measured"].sum(1).tolist() == [30483, 30697] and sites["measured"].all(0).sum() == 29593
@@ -141,7 +128,6 @@ def test_shipped_data():
     assert data.codes.shape == (47872, 200) and data.targets.sum(0).tolist() == [11968.0] * 4 and data.top.sum() == 1421
     parts = {name: int(rows.sum()) for name, rows in pretrain.chromosome_parts(data.chrom).items()}
     assert parts == dict(test=4565, oracle_a=18582, oracle_b=20672)
-
 
 # ---- the bound, chains, few steps ------------------------------------------------------------------------------------
 def every_bound(module):
@@ -153,7 +139,6 @@ def every_bound(module):
             hidden[:, place] = True
             total += P @ module.hidden_loss(denoiser(torch.where(hidden, MASK, X)), X, hidden) / LENGTH / len(places)
     return total
-
 
 def test_bound_of_the_exact_denoiser_is_the_entropy():
     entropy = -(P * P.log()).sum()
@@ -167,7 +152,6 @@ def test_bound_of_the_exact_denoiser_is_the_entropy():
     z, hidden = pretrain.hide(X[:1].expand(8000, -1), torch.rand(8000))
     assert torch.equal(z == MASK, hidden) and (hidden.double().mean(0) - 5 / 8).abs().max() < 0.03
 
-
 def test_few_steps_have_the_distribution_of_the_kernel_matrices():
     jumps = pretrain.jump_distributions(P)
     for steps in (1, 2, 5, 64):
@@ -176,7 +160,6 @@ def test_few_steps_have_the_distribution_of_the_kernel_matrices():
     assert (pretrain.sampler_distribution(jumps, 1) - marginals).abs().max() < 1e-12
     distance = [(pretrain.sampler_distribution(jumps, n) - P).abs().sum() for n in (32, 64, 10**6)]
     assert 1.8 < distance[0] / distance[1] < 2.2 and distance[2] < 1e-5
-
 
 def test_markov_chains_are_normalised_and_learn_their_order():
     torch.manual_seed(0)
@@ -192,12 +175,10 @@ def test_markov_chains_are_normalised_and_learn_their_order():
     own, exact = chains[2].bound(chains[2].sample(4000, 5)), chains[2].bound(every)
     assert abs(own.mean() - (exact * (-exact).exp()).sum()) < 5 * own.std() / 4000**0.5
 
-
 def test_auc_counts_pairs():
     score, positive = torch.tensor([0.0, 1, 1, 2, 3, 3]), torch.tensor([0, 0, 1, 1, 0, 1]).bool()
     wins = [(a > b) + 0.5 * (a == b) for a in score[positive] for b in score[~positive]]
     assert pretrain.auc(score, positive).item() == pytest.approx(np.mean(wins))
-
 
 # ---- training --------------------------------------------------------------------------------------------------------
 def fit(folder, *flags, updates=250, stop=math.inf, scale=1):
@@ -210,7 +191,6 @@ def fit(folder, *flags, updates=250, stop=math.inf, scale=1):
             raise KeyboardInterrupt
         return scale * pretrain.denoiser_loss(net, letters[torch.randint(500, (16,))])
     return pretrain.fit(args, "net", net, loss, updates, 9)
-
 
 def test_training_learns_and_goes_on_after_an_interruption(tmp_path):
     whole = fit(tmp_path / "a")
@@ -227,7 +207,6 @@ def test_training_learns_and_goes_on_after_an_interruption(tmp_path):
     assert now < before - 0.2
     with pytest.raises(pretrain.Refused, match="lower --lr"):
         fit(tmp_path / "c", scale=math.inf)
-
 
 def test_from_a_table_to_a_world(tmp_path, monkeypatch):
     monkeypatch.setitem(pretrain.SIZES["quick"], "hepg2", (8, [1], 5, 8, 5, 10))

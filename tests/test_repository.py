@@ -31,10 +31,8 @@ OVER = {"sd/constrained_alignment.py": 429, "sd/msdda.py": 427, "sd/dav.py": 467
         "dna/constrained_alignment.py": 418, "dna/dav.py": 490}
 # known to be over their budgets, which stand; they must not grow
 
-
 def source(script):
     return (conftest.SOURCE / script).read_text()
-
 
 def definitions(text):
     """{name: text with decorators and comments} of the top-level functions and classes of a script."""
@@ -42,7 +40,6 @@ def definitions(text):
     lines = text.splitlines()
     first = {n: min([n.lineno, *(d.lineno for d in n.decorator_list)]) for n in nodes}
     return {n.name: "\n".join(lines[first[n] - 1 : n.end_lineno]) for n in nodes}
-
 
 @pytest.mark.parametrize("folder", ["toy", "sd", "dna"])
 def test_one_name_one_text(folder):
@@ -53,7 +50,6 @@ def test_one_name_one_text(folder):
                 texts.setdefault(name, {}).setdefault(text, []).append(script)
     assert {name: list(t.values()) for name, t in texts.items() if len(t) > 1} == {}
 
-
 @pytest.mark.parametrize("name", SPINES)
 def test_spines_are_there(name):
     folder, _, name_there = name.rpartition(": ")
@@ -62,12 +58,10 @@ def test_spines_are_there(name):
     for each in [folder] if folder else ("toy", "sd", "dna"):
         assert {s.split("/")[1][:-3] for s, text in texts.items() if text and s.startswith(each)} == SPINES[name]
 
-
 @pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.xfail(s in OVER, reason="over its budget",
                                                                             strict=True)) for s in SCRIPTS])
 def test_budgets(script):
     assert len(source(script).splitlines()) <= BUDGETS.get(script, BUDGETS[script.split("/")[0]])
-
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_form(script):
@@ -77,7 +71,6 @@ def test_form(script):
     assert "pyplot" not in text and len(ast.get_docstring(ast.parse(text)).splitlines()) >= 12
     assert {"main", "parse_args"} <= set(definitions(text))
     assert "# your own" in text or script in LOOPS or script.split("/")[1] in ("pretrain.py", "prepare_data.py")
-
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_imports(script):
@@ -96,12 +89,10 @@ def test_imports(script):
                 packages = {p.lower() for p in known}
                 assert top in sys.stdlib_module_names or packages & allowed, f"{script} imports {name}"
 
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_import_runs_nothing(script):
     nodes = ast.parse(source(script)).body
     assert not [n for n in nodes if isinstance(n, ast.Expr) and not isinstance(n.value, ast.Constant)]
-
 
 def commands():
     """Every `python DIR/SCRIPT.py FLAGS` of the pages and of the docstrings; two blanks end a command."""
@@ -112,18 +103,15 @@ def commands():
              for m in re.finditer(r"python ((?:toy|sd|dna)/\w+\.py)((?: +[^\n`|&]*)?)", t)}
     return sorted(found)
 
-
 @pytest.mark.parametrize("script, flags", commands())
 def test_commands_parse(script, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # scripts of toy/ make their folder at once
     load(script).parse_args(shlex.split(flags.replace("--device cuda", "--device cpu")))  # here may be no GPU
 
-
 def test_readme_starts_with_the_two_commands():
     text = (REPOSITORY / "README.md").read_text()
     assert "python -m pip install -r requirements.txt && python toy/das.py" in text
     assert "python -m pip install -r requirements.txt && python -m pytest" in text
-
 
 def test_the_oldest_python_reads_every_file():
     """The README names it; the tests were run there and with 3.11."""
@@ -131,12 +119,10 @@ def test_the_oldest_python_reads_every_file():
     for path in REPOSITORY.glob("*/*.py"):
         ast.parse(path.read_text(), feature_version=(3, 10))
 
-
 @pytest.mark.parametrize("page", make_readme.PAGES)
 def test_pages_tell_the_records(page):
     text = (REPOSITORY / page).read_text()
     assert make_readme.fill(text) == text, "run: python tests/make_readme.py"
-
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("*/results/*.json")), ids=lambda p: p.name)
 def test_records_belong_to_the_scripts(path, tmp_path):
@@ -150,12 +136,10 @@ def test_records_belong_to_the_scripts(path, tmp_path):
     assert {k: v for k, v in record["args"].items() if k in json.loads(defaults)} == json.loads(
         defaults.replace(f"{conftest.SOURCE}/", "")) or name == "pretrain"
 
-
 def test_pictures_of_the_readme_are_there_and_small():
     for page in make_readme.PAGES:
         for path in re.findall(r"\]\(([^)]+\.png)\)", (REPOSITORY / page).read_text()):
             assert 10_000 < ((REPOSITORY / page).parent / path).stat().st_size < 300_000, path
-
 
 def test_a_changed_comment_or_decorator_is_seen():
     text = "@cache\ndef f(x):\n    return x  # same\n"

@@ -5,16 +5,13 @@ and the mean of a linear reward and the KL of the paths follow from means and va
 """
 import json
 import math
-import os
 import pathlib
-import subprocess
-import sys
 import types
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import SOURCE, load, planted
+from conftest import in_two_processes, load, planted
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from scipy.optimize import minimize
@@ -32,23 +29,18 @@ class Double:
     """A world of two prompts and latents (2, 1, 1): eps = slope x + offset of the prompt; adapter: two more slopes and
     two more offsets for the start and the end of the path."""
     abar, shape = [0.05, 0.3, 0.7, 0.99], (2, 1, 1)
-
     def __init__(self, weights=((0.1, -0.2, 0.1), (-0.05, 0.15, 0.2), (0.1, 0.05, -0.3))):
         self.slope, self.reward = torch.tensor([0.9, 0.7, 0.4]), torch.tensor([0.8, -0.5])
         self.offset = torch.tensor([[0.2, -0.1], [-0.4, 0.3]])
         self.weights, self.on, self.unet = torch.tensor(weights, requires_grad=True), True, self
-
     def enable_adapters(self, on=True):
         self.on = on
-
     def disable_adapters(self):
         self.on = False
-
     def eps(self, x, i, number):
         number = torch.as_tensor(number).expand(len(x))
         slope, *shift = self.weights[i] * self.on
         return (self.slope[i] + slope) * x + (self.offset[number] + torch.stack(shift))[..., None, None]
-
     def gain(self, x, number):
         return x.flatten(1) @ self.reward
 
@@ -69,9 +61,12 @@ def flags(**changes):
     return types.SimpleNamespace(**dict(steps=3, chunk=700, prompts=["a", "b"], kl_weight=KL_WEIGHT, parts=1,
                                         clip_ratio=0.2, lag=1.0, resume=False) | changes)
 
-def sampled_gradients(script, module, world, groups, **changes):
-    """Gradients (groups, 3, 3) that an update of the script leaves for E[gain] and the KL, KL weight KL_WEIGHT."""
-    args, found = flags(**changes), []
+def z_of_gradient(script, module, groups=30, kl_weight=KL_WEIGHT):
+    """Largest z of the gradient (3, 3) that an update of the script leaves, of kl_weight KL - E[gain]."""
+    args, found, world = flags(), [], Double()
+    gain, kl = exact(world)
+    wanted = torch.autograd.grad(kl_weight * kl - gain.mean(), world.weights)[0]
+    torch.manual_seed(0)
     def step():
         found.append(world.weights.grad.clone())
         world.weights.grad = None
@@ -79,32 +74,26 @@ def sampled_gradients(script, module, world, groups, **changes):
         if script == "draft":
             module.draft_update(args, world, world.gain, step, BATCH, back=3, kl=True)
         elif script == "ddpo":
-            module.ddpo_update(args, world, world.gain, step, BATCH, KL_WEIGHT)
+            module.ddpo_update(args, world, world.gain, step, BATCH, kl_weight)
         else:
             gains = lambda x, number: torch.stack([x[:, 0, 0, 0], x[:, 1, 0, 0]], 1)
             module.lagrangian_update(args, Accelerator(cpu=True), world, gains, step, BATCH, world.reward / KL_WEIGHT)
             found[-1] *= KL_WEIGHT
-    return torch.stack(found)
-
-def z_of_gradient(script, module, groups=30):
-    world = Double()
-    gain, kl = exact(world)
-    wanted = torch.autograd.grad(KL_WEIGHT * kl - gain.mean(), world.weights)[0]
-    torch.manual_seed(0)
-    found = sampled_gradients(script, module, world, groups)
+    found = torch.stack(found)
     return ((found.mean(0) - wanted) / (found.std(0) / groups**0.5)).abs().max().item()
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_gradient_is_that_of_the_objective(script):
     assert z_of_gradient(script, load(f"sd/{script}.py")) < 5
+    assert script != "ddpo" or z_of_gradient(script, load("sd/ddpo.py"), kl_weight=0) < 5
 
 BUGS = [
     ("draft", "(args.kl_weight * path_kl - r)", "(args.kl_weight * path_kl + r)"),
     ("draft", "return (mean / sigma) ** 2 * apart", "return (mean / sigma) * apart"),
     ("ddpo", "advantage = r - kl_weight", "advantage = r + kl_weight"),
-    ("ddpo", "loss = loss + kl_weight * step_kl", "loss = loss + 2 * kl_weight * step_kl"),
+    ("ddpo", "((kl_weight * kl_now", "((2 * kl_weight * kl_now"),
     ("ddpo", "sigma).flatten(1).square().sum(1) / 2", "sigma).flatten(1).square().mean(1) / 2"),
-    ("ddpo", "(loss.sum() / len(part))", "(loss.sum() / len(index))"),
+    ("ddpo", ".sum() / len(part))", ".sum() / len(index))"),
     ("constrained_alignment", "kl = kl + step_kl", "kl = step_kl"),
     ("constrained_alignment", "(kl - r @", "(kl + r @"),
 ]
@@ -112,18 +101,6 @@ BUGS = [
 @pytest.mark.parametrize("script, old, new", BUGS)
 def test_a_planted_bug_shows_in_the_gradient(script, old, new):
     assert not z_of_gradient(script, planted(f"sd/{script}.py", (old, new))) < 5
-
-def test_without_kl_the_gradient_is_that_of_the_gain():
-    module, world = load("sd/ddpo.py"), Double()
-    wanted = torch.autograd.grad(-exact(world)[0].mean(), world.weights)[0]
-    torch.manual_seed(0)
-    found = []
-    for _ in range(40):
-        module.ddpo_update(flags(), world, world.gain, lambda: None, BATCH, 0)
-        found.append(world.weights.grad.clone())
-        world.weights.grad = None
-    found = torch.stack(found)
-    assert ((found.mean(0) - wanted) / (found.std(0) / 40**0.5)).abs().max() < 5
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("change, back", [(None, True), (("torch.minimum(ratio", "torch.maximum(ratio"), False)])
@@ -149,9 +126,7 @@ def test_sampled_paths_have_the_kl_of_the_closed_form():
     assert abs((kl.mean() - wanted) / kl.std() * len(kl) ** 0.5) < 5
     assert abs((r.mean() - gain.mean()) / r.std() * len(r) ** 0.5) < 5
 
-
 # ---- multipliers -----------------------------------------------------------------------------------------------------
-
 def least_kl(world, b):
     """Weights of the double's adapter with mean coordinates b of x_0 above the start's -> multipliers (2,), KL."""
     def mean_and_kl(v):
@@ -169,14 +144,20 @@ def least_kl(world, b):
     of_kl, *of_mean = gradients(found.x)
     return start, torch.linalg.lstsq(torch.stack(of_mean, 1), of_kl[:, None]).solution[:, 0], found.fun
 
+def train_with(step):
+    """A train that keeps nothing."""
+    def train(args, accelerator, model, name, rounds, update):
+        trace = []
+        return [trace.append(update(step, trace)) or trace[-1] for _ in range(rounds)]
+    return train
+
 def test_multipliers_are_those_of_the_least_kl():
     b = torch.tensor([0.3, 0.2])
     start, wanted, kl = least_kl(Double(), b)
     assert wanted.min() > 0.1
     world, module = Double(torch.zeros(3, 3).tolist()), planted("sd/constrained_alignment.py")
     optimizer = torch.optim.Adam([world.weights], 0.01)
-    module.train = lambda args, accelerator, model, name, rounds, update: [
-        update(lambda: (optimizer.step(), optimizer.zero_grad())) for _ in range(rounds)]
+    module.train = train_with(lambda: (optimizer.step(), optimizer.zero_grad()))
     gains = lambda x, number: x.flatten(1) - start
     torch.manual_seed(0)
     weights, r, kls = module.align(flags(out=pathlib.Path("x"), lag=10.0, size=(400, 300, 0)),
@@ -186,7 +167,7 @@ def test_multipliers_are_those_of_the_least_kl():
 
 def test_a_reward_without_a_threshold_keeps_its_weight():
     module, world = planted("sd/constrained_alignment.py"), Double()
-    module.train = lambda args, accelerator, model, name, rounds, update: [update(lambda: None) for _ in range(rounds)]
+    module.train = train_with(lambda: None)
     gains = lambda x, number: x.flatten(1)
     run = lambda b: module.align(flags(out=pathlib.Path("x"), size=(3, 50, 0)), Accelerator(cpu=True), world, gains,
                                  "x", torch.tensor([2.0, 0.0]), torch.tensor(b))[0]
@@ -194,7 +175,6 @@ def test_a_reward_without_a_threshold_keeps_its_weight():
     assert run([-math.inf, -math.inf]).tolist() == [[2, 0]] * 3
 
 # ---- training of adapters of the miniature ---------------------------------------------------------------------------
-
 @pytest.fixture
 def mini(tmp_path):
     """arguments, model of the miniature and `run`: 4 rounds of random gradients by train of draft.py."""
@@ -253,22 +233,9 @@ def test_a_whole_run_and_the_same_again(script, tmp_path, capsys):
     keys = [(r["problem"], r["method"], r["quantity"]) for r in rows[0]]
     assert rows[0] == rows[1] and len({*keys}) == len(keys) and capsys.readouterr().out.startswith("COARSE")
 
-@pytest.mark.parametrize("script, words, says", [
-    ("ddpo", "--parts 0", "--parts"), ("ddpo", "--methods draft", "--methods"),
-    ("constrained_alignment", "--reward jpeg clip", "gradient"), ("constrained_alignment", "--lag -1", "--lag")])
-def test_bad_flags_end_with_one_sentence(script, words, says, capsys):
-    with pytest.raises(SystemExit) as end:
-        load(f"sd/{script}.py").parse_args(words.split())
-    assert end.value.code == 2 and says in capsys.readouterr().err.strip().splitlines()[-1]
-
-
 def test_two_processes_keep_one_adapter(tmp_path):
     """Each draws paths of its own, gradients are averaged: the adapters stay the same to the last bit."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29513"]
-    flags = "--quick --steps 2 --methods draft_1 --prompts cat --out".split()
-    done = subprocess.run([*command, str(SOURCE / "sd/draft.py"), *flags, str(tmp_path)], capture_output=True,
-                          text=True, env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"))
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_two_processes("sd/draft.py", *"--quick --steps 2 --methods draft_1 --prompts cat --out".split(), tmp_path)
     first, second = (torch.load(tmp_path / f"draft_1_{k}.pt") for k in (0, 1))
     assert first["trace"] != second["trace"]
     assert all(torch.equal(first["adapter"][name], second["adapter"][name]) for name in first["adapter"])

@@ -18,7 +18,6 @@ def flat(found):
     return found[0].flatten(0, 1), found[1].flatten(0, 1)
 
 # ---- the exact answers -----------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("name, positions, dual, worst, equal", [
     ("paper", (0, 4, 8), (0.495, 0.2525, 0.2525), 10.201, 17.77778),
     ("pair", (0, 4, 8), (0.20959, 0.79041), 3.63806, 5.07537),
@@ -45,7 +44,6 @@ def test_product_is_the_normalised_product_of_the_densities():
     assert abs(dual @ kls + z.log()) < 1e-10  # the dual function is -log Z
 
 # ---- the dual step ---------------------------------------------------------------------------------------------------
-
 def test_dual_step_on_the_simplex_goes_half_way_to_the_maximum():
     """max of v slack - v A v / 2 around the middle, by hand: with A = 10 I the move is the centred slack over 10."""
     dual, slack = torch.full((3,), 1 / 3).double(), torch.tensor([1.0, 2.0, 3.0]).double()
@@ -73,7 +71,6 @@ def test_algorithm_3_stays_at_equal_weights_for_every_pair():
     assert abs(x[..., 0].mean() - problem.product(dual)[0].mean[0]) > 0.2  # and its samples are not of that product
 
 # ---- samples of the product ------------------------------------------------------------------------------------------
-
 def scores(module, name="pair", dual=(0.2, 0.8), groups=400):
     """z of Z, mean and variance over groups, each weighted by its Z, which makes them unbiased."""
     torch.manual_seed(1)
@@ -107,7 +104,6 @@ def test_paths_give_the_gradient_and_hessian_of_the_dual_function():
     assert abs(-gap[:, 0].var() / second - 1) < 0.06  # 20,000 draws: relative error 0.01
 
 # ---- the lemmas ------------------------------------------------------------------------------------------------------
-
 def test_lemma_1_path_kl():
     """Paths of the first model by themselves: exact kernels give the KL of the samples, DDPM's the sum of Lemma 1."""
     problem, dual = make("pair"), torch.tensor([1.0, 0.0]).double()
@@ -133,7 +129,6 @@ def test_lemma_2_pointwise_kl(name):
     assert found[0] == 0 and (found[1:] / exact[1:] - 1).abs().max() < 0.02  # what lies beyond an SNR of e^8
 
 # ---- the command line ------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("positions", ["0 0 4", "0 4 12", "-1 4 8", "0 4", "0 4 x"])
 def test_bad_positions_are_one_sentence(positions, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:

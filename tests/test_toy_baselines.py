@@ -20,7 +20,6 @@ class Affine(nn.Module):
         offset = torch.tensor([0.5, 0.0, -1.0])[:, None]
         numbers = offset + 0.3 * torch.randn(len(abar) - 1, 3, 2, generator=rng)
         self.numbers, self.levels, self.states = nn.Parameter(numbers.double()), torch.tensor(abar[:-1]), 0
-
     def forward(self, x, a):
         level = (torch.as_tensor(a)[..., None] - self.levels).abs().argmin(-1)  # (), or (T, 1, 1) for whole paths
         gain, shift, log_var = self.numbers[level[..., 0] if level.dim() else level].unbind(-2)

@@ -12,7 +12,6 @@ from conftest import load, planted
 
 das = load("toy/das.py")
 
-
 def chain(seed, module=das, particles=8, groups=4000, steps=6, ess=1.1, **options):
     """z of Z and of E[r] on N((0.5, -1), (0.4, 0.2)), r = -2 (x - 1)^2, against the exact answer of the chain itself."""
     torch.manual_seed(seed)
@@ -32,12 +31,10 @@ def chain(seed, module=das, particles=8, groups=4000, steps=6, ess=1.1, **option
     r = (log_w.double().exp() * (x - 1).square().sum(-1)).mean(1) - z * ((target.mean - 1) ** 2 + target.variance).sum()
     return max(abs(z_score.item()), abs((r.mean() / (r.std() / groups**0.5)).item()))
 
-
 @pytest.mark.parametrize("options", [dict(), dict(guided=False), dict(gamma=0.008), dict(ddpm=True), dict(ess=0),
                                      dict(strength=1.5), dict(hold_var=False), dict(gamma=0.03, guided=False)], ids=str)
 def test_the_sampler_is_right_on_the_chain(options):
     assert chain(0, **options) < 5
-
 
 BUGS = {  # what other people's samplers get wrong
     "twist left behind": [("        state = {name: value[groups, a", "        left = state['log_twist']\n        state = {name: "
@@ -53,16 +50,13 @@ BUGS = {  # what other people's samplers get wrong
     "variance of x_0 forgotten": [('state["var"] * (not ddpm)', '0 * state["var"]')],
 }
 
-
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(bug):
     assert chain(0, planted("toy/das.py", *BUGS[bug])) > 5
 
-
 def test_false_alarms():
     """z of 12 more seeds: the largest of 24 normal numbers is below 4 in all but 0.2% of cases."""
     assert max(chain(seed, groups=1000) for seed in range(1, 13)) < 4.5
-
 
 def test_error_falls_with_the_root_of_particles():
     torch.manual_seed(0)
@@ -73,7 +67,6 @@ def test_error_falls_with_the_root_of_particles():
         errors.append((log_w.logsumexp(1) - math.log(particles)).std().item())
     assert 3 < errors[0] / errors[1] < 5.3  # 4 for 16 times the particles
 
-
 def test_systematic_resampling():
     torch.manual_seed(0)
     log_w = torch.randn(1, 10).double().expand(20_000, 10) * 2
@@ -81,7 +74,6 @@ def test_systematic_resampling():
     expected = 10 * log_w[0].softmax(0)
     assert ((counts >= expected.floor()) & (counts <= expected.ceil())).all()
     assert ((counts.double().mean(0) - expected).abs() < 5 * counts.double().std(0) / 20_000**0.5 + 1e-9).all()
-
 
 def test_log_twist_is_exact_for_gaussians():
     torch.manual_seed(0)
@@ -96,7 +88,6 @@ def test_log_twist_is_exact_for_gaussians():
     linear = das.log_twist(lambda x: (s[0] * x).sum(-1), x0_hat[:1], var[:1], 0.5)  # no curvature at all
     assert abs(linear.item() - ((s[0] * x0_hat[0]).sum() / 0.5 + (s[0] ** 2 * var[0]).sum() / 0.5).item()) < 1e-10
 
-
 def test_kernel_keeps_the_marginals_of_a_gaussian():
     data = das.Mixture(torch.zeros(1).double(), torch.full((1, 1), 0.3).double(), 0.2)
     mean = data.means.item()
@@ -104,7 +95,6 @@ def test_kernel_keeps_the_marginals_of_a_gaussian():
         (lo, fresh), (hi, _) = (das.kernel(x, *data.denoise(x, a), a, b) for x in torch.tensor([[0.0], [1.0]]).double())
         assert abs(lo + (hi - lo) * a**0.5 * mean - b**0.5 * mean).item() < 1e-10
         assert abs((hi - lo) ** 2 * (a * data.vars.item() + 1 - a) + fresh - (b * data.vars.item() + 1 - b)).item() < 1e-10
-
 
 def test_denoise_is_tweedie():
     """Mean and variance from first and second derivatives of the noised log density."""
@@ -118,7 +108,6 @@ def test_denoise_is_tweedie():
     assert (mean - (x + (1 - a) * score) / a**0.5).abs().max() < 1e-10
     assert (var - (1 - a) / a * (1 + (1 - a) * curvature)).abs().max() < 1e-10
 
-
 @pytest.mark.parametrize("name, log_z, mean_reward", [("gmm", -1.43969, -0.29072), ("gmm2", -2.96780, -1.34004)])
 def test_exact_answers(name, log_z, mean_reward):
     problem = das.Problem(name, 1.0)
@@ -129,7 +118,6 @@ def test_exact_answers(name, log_z, mean_reward):
     assert abs(joint.softmax(0) @ problem.reward(grid) - mean_reward) < 1e-4
     assert (joint.log_softmax(0) - 2 * math.log(0.04) - problem.target.log_prob(grid))[joint > -9].abs().max() < 1e-3
 
-
 def test_the_network_learns_mean_and_variance():
     torch.manual_seed(0)
     data = das.Problem("gmm2", 1.0).data
@@ -139,7 +127,6 @@ def test_the_network_learns_mean_and_variance():
         (mean, var), (exact, exact_var) = net(x, a), data.denoise(x, a)
         assert ((mean - exact).square().sum(1).mean() / exact_var.sum(1).mean()) < bound
         assert abs(var.mean() / exact_var.mean() - 1) < 0.1
-
 
 def test_strength_of_guidance_is_its_best():
     torch.manual_seed(0)
@@ -152,7 +139,6 @@ def test_strength_of_guidance_is_its_best():
             distance[strength] = das.emd(x[:, 0], torch.ones(4000), problem.target, 8).mean().item()
         assert distance[problem.strength] < 1.05 * min(distance.values()), distance  # on gmm 1 and 2 are alike
 
-
 def tiny(tmp_path, *flags):
     args = das.parse_args(["--quick", "--problem", "gmm2", "--score", "exact", "--particles", "8", "--steps", "5",
                            "--out", str(tmp_path), *flags])
@@ -160,14 +146,12 @@ def tiny(tmp_path, *flags):
     das.main(args)
     return json.loads((tmp_path / "numbers.json").read_text(), parse_constant=lambda name: pytest.fail(name))
 
-
 def test_same_seed_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(das, "DIMENSIONS", (2, 8))
     one, two, other = (tiny(tmp_path, "--seed", seed) for seed in "001")
     assert one["rows"] == two["rows"] != other["rows"] and (tmp_path / "figure.png").stat().st_size > 10_000
     keys = [(r["problem"], r["method"], r["quantity"]) for r in one["rows"]]
     assert len(keys) == len(set(keys)) and {"das", "das_published", "exact"} <= {k[1] for k in keys}
-
 
 def test_a_reward_without_exact_answer(tmp_path, monkeypatch):
     class Own(das.Problem):

@@ -11,14 +11,12 @@ from torch import nn
 das, dav = load("toy/das.py"), load("toy/dav.py")
 LEVELS = das.signal_power(torch.linspace(1, 0, 7)).tolist()
 
-
 class Tilt(nn.Module):
     """N(0, 1) in two dimensions times exp(theta x): Var(x_0 | x_t) is 1 - abar, and shifts the mean by theta."""
 
     def __init__(self):
         super().__init__()
         self.theta = nn.Parameter(torch.zeros(2))
-
     def forward(self, x, abar):
         var = (1 - torch.as_tensor(abar)) * torch.ones_like(x)
         return torch.as_tensor(abar) ** 0.5 * x + var * self.theta, var
@@ -42,13 +40,11 @@ def chain(module=dav, particles=8, groups=4000, children=0, ess=1.1):
     errors = w.mean(1) - z_exact, (w * (off - r_exact)).mean(1)
     return max(abs(e.mean() / (e.std() / groups**0.5)).item() for e in errors)
 
-
 @pytest.mark.parametrize("options", [dict(), dict(ess=0.5), dict(children=4, particles=1, groups=20_000),
                                      dict(children=1), dict(children=3, particles=4)], ids=str)
 def test_weights_are_right_on_the_chain(options):
     """Of the population, and of the local search if its weights are kept; both at once are nested SMC."""
     assert chain(**options) < 5
-
 
 BUGS = {
     "mean of children forgotten": [(" - math.log(len(z))", "")],
@@ -60,11 +56,9 @@ BUGS = {
     "variance of x_0 forgotten": [('state["x0_hat"], state["var"]', 'state["x0_hat"], 0 * state["var"]')],
 }
 
-
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(bug):
     assert chain(planted("toy/dav.py", *BUGS[bug]), children=3, particles=4) > 5
-
 
 def test_a_transition_weighs_as_much_as_its_descendants():
     """A copy is known by its place: x_next of a step is where the next step starts, at once for each of its copies."""
@@ -79,28 +73,22 @@ def test_a_transition_weighs_as_much_as_its_descendants():
         assert (copies.sum(1) == 1).all() and (copies.sum(2) != 1).any()  # some have no child, others have several
         assert torch.allclose(weights[t], (copies * weights[t + 1][:, None]).sum(2), atol=1e-10)
 
-
 def test_the_local_search_drops_its_weights():
     torch.manual_seed(2)
     found = dav.search(Tilt().requires_grad_(False), lambda x: x.sum(-1), torch.randn(50, 1, 2), LEVELS, 0.5, children=4)
     assert (found["transitions"][-1] == 1).all() and found["log_w"].std() > 1e-3
 
-
 # ---- the M-step ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
-
 def losses(monkeypatch, found, net, **options):
     """The network that an M-step would train, and its loss."""
     monkeypatch.setattr(dav, "descend", lambda new, loss, updates, lr: (new.requires_grad_(True), loss))
     return dav.m_step(net, net, found, LEVELS, 1, **options)
-
 
 def test_weights_of_one_change_nothing(monkeypatch, double):
     torch.manual_seed(3)
@@ -111,7 +99,6 @@ def test_weights_of_one_change_nothing(monkeypatch, double):
         new, loss = losses(monkeypatch, found, net, ours=ours)
         loss().backward()
         assert (new.theta.grad.norm() < 1e-10) == bool(ours)  # the paper's loss has the noise of x_next
-
 
 def test_both_losses_have_the_same_mean(monkeypatch, double):
     """Up to a constant, wherever the new network is: their difference at two networks is one, by z over batches."""
@@ -131,10 +118,8 @@ def test_both_losses_have_the_same_mean(monkeypatch, double):
     gain = values[:, 1] - values[:, 0]
     assert gain[1].std() < 0.6 * gain[0].std() and gain.mean(1).max() < 0  # a step along the reward pays, and ours sees it
 
-
 ROUNDS = dict(  # reward x_0 - x_1 / 2 at kl_weight 4: round k has theta k (1, -.5) / 4; with kl the end is 1 / kl of that
     dav=(dict(), 2, 2.0), paper=(dict(ours=0), 1, 1.0), local=(dict(children=4), 1, 1.0), kl=(dict(kl=1.0), 4, 15 / 16))
-
 
 @pytest.mark.parametrize("name", ROUNDS)
 def test_rounds_are_known_in_closed_form(name):
@@ -149,10 +134,7 @@ def test_rounds_are_known_in_closed_form(name):
     if not options:  # log E_k[exp(r / 4)] of N(k g, 1), g = (1, -.5) / 4
         assert abs(runs[-1][1]["elbo"] - 2.5 * (expected / 2).square().sum()) < 0.05
 
-
 # ---- exact answers, the whole script ---------------------------------------------------------------------------------
-
-
 def test_the_grid_is_right():
     """At kl_weight 1 log Z has a closed form, as exp(r) is a sum of Gaussians; E[r] was known from another grid."""
     problem = dav.Problem("unequal", 1.0)
@@ -166,7 +148,6 @@ def test_the_grid_is_right():
         found = [problem.moments(problem.grid, problem.tilted(k))["mean_reward"] for k in (1, 2, 4, 8)]
         assert max(abs(f - k) for f, k in zip(found, known)) < 0.006
     assert set((2 * dav.Problem("coarse", 4.0).reward(problem.grid)).tolist()) <= set(range(9))
-
 
 def test_the_fixed_point_is_right():
     """With much kl it is the forecast of the data; for a Gaussian and a slope, the slope over kl_weight and kl."""
@@ -183,7 +164,6 @@ def test_the_fixed_point_is_right():
         found = problem.fixed_point(0.5)(x, abar)
         assert (found[0] - mean - var * torch.tensor([1.0, -0.5]) / 4 / 0.5).abs().max() < 1e-3
         assert (found[1] - var).abs().max() < 1e-2
-
 
 def test_the_script_runs_and_its_rows_are_tidy(tmp_path, capsys):
     args = dav.parse_args(["--quick", "--problem", "coarse", "coarse", "--out", str(tmp_path)])

@@ -25,7 +25,6 @@ def double(module, *args):
         torch.set_default_dtype(torch.float32)
 
 # ---- the dual step ---------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("module", [mix, ali])
 def test_dual_step_goes_half_way_to_the_newton_point(module):
     curvature, slack, dual = vector([2, 0.5], [0.5, 1]), vector(0.3, -0.1), vector(1, 2)
@@ -41,7 +40,6 @@ def test_dual_step_stays_in_its_set():
         assert (ali.dual_step(dual, slack, torch.eye(3, dtype=F), simplex=False) >= 0).all()
 
 # ---- OR: exact -------------------------------------------------------------------------------------------------------
-
 def test_exact_weights_of_the_paper():
     """Disjoint supports: kl has equal weights and log 2; elbo has weights as exp(entropy)."""
     problem = mix.Problem("paper")
@@ -88,13 +86,11 @@ def test_curvature_bounds_the_hessian(name):
             assert (mix.curvature(dual) - hessian).abs().max() < 1e-4
 
 # ---- OR: estimates ---------------------------------------------------------------------------------------------------
-
 class Exact:
     """The denoiser of a mixture with the interface of the network."""
 
     def __init__(self, mixture):
         self.mixture = mixture
-
     def __call__(self, x, abar):
         return self.mixture.denoise(x, abar[..., None] if torch.is_tensor(abar) else abar)
 
@@ -136,7 +132,6 @@ def test_the_exact_score_finds_the_weights():
     assert abs(found[0] - mix.optimum(problem, "elbo")[0]) < 0.03, found  # .000, .003, .008, .007 for seeds 0 to 3
 
 # ---- alignment: exact ------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("name", ["linear", "competing", "inactive", "bump", "objective", "combined"])
 def test_kkt_and_zero_gap(name):
     problem = ali.Problem(name)
@@ -188,7 +183,6 @@ def test_thresholds_that_nothing_meets_end_in_a_sentence(flags, tmp_path, capsys
     assert end.value.code == 2 and "threshold" in capsys.readouterr().err.splitlines()[-1]
 
 # ---- alignment: paths ------------------------------------------------------------------------------------------------
-
 def test_path_kl_of_gaussians_is_their_kl():
     """The tilt of a Gaussian by a linear reward keeps the kernels' variance: the KL of paths is the KL of x_0."""
     problem, n = ali.Problem("competing"), 20_000
@@ -208,7 +202,6 @@ def test_path_kl_counts_the_change_of_variance(steps):
     assert abs(kl.mean() - (math.log(2) - 0.5)) < 0.02  # of two coordinates
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("module, flags", [(mix, ["--problem", "paper"]), (ali, ["--problem", "bump"]),
                                            (ali, ["--problem", "bump", "--score", "exact"])])
 def test_quick_run_writes_tidy_rows(module, flags, tmp_path, capsys):
