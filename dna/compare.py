@@ -18,9 +18,8 @@ Table, of one sequence a group, drawn by weight
                  particles), and in thousands for the training; *_seconds, of one core
 What you should see (three seeds, +- their standard deviation): das at an activity of 9.0 has A - B 2.0 +- .2, 108 edits
     and words .90 (real elements 110, .99); dav_kl at 9.6 -.3 +- .3, 102 and .60: what is searched over-optimises oracle
-    A, what is learned of it pays in composition (32% G and C for 45%). dav goes on to 11.9 (11.7 by B), its posterior
-    to 17.6 (16.2). draft_kl and ddpo_kl lose diversity first: 68 +- 8 edits at 6.7, 82 +- 5 at 2.5. Training costs 50
-    to 90 CPU seconds, then .03 a sequence; das .5: training pays after 150 sequences.
+    A, what is learned of it pays in composition (32% G and C for 45%). draft_kl and ddpo_kl lose diversity first: 68
+    +- 8 edits at 6.7, 82 +- 5 at 2.5. Training pays after 150 sequences, of .03 CPU seconds for .5 by das.
 """
 import argparse, json, os, pathlib, sys, time
 import numpy as np

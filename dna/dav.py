@@ -1,10 +1,9 @@
 """Align masked diffusion of DNA by expectation maximisation: a search finds rewarded paths, the model learns them.
 Paper: Lee et al., "Diffusion Alignment as Variational Expectation-Maximization" (DAV), ICLR 2026, arXiv 2510.00502.
 figure.png: reward and ELBO (its Fig. 4) by round, and the front of held-out reward and KL; Fig. 5 is compare.py's.
-Run    python dna/dav.py                              both problems; 6 CPU minutes, --quick: 20 s
+Run    python dna/dav.py                              both problems; 6 CPU minutes, --quick: 20 s, --paper: not run here
        python dna/dav.py --problem hepg2 --methods dav        or --resume, --rounds 4, --reward my.py:f --children 4
        python dna/dav.py --problem data --checkpoints out/dna_pretrain          your own table, after pretrain.py
-       python dna/dav.py --paper --device cuda        256 paths, 200 rounds; not run here
 Read first: search, dav_update. Skip: World, the networks, save_sequences, draw, checked, report.
 Problems: mpsa, 5' splice sites of 9 letters, 4^9 sequences that can be enumerated; hepg2, elements of 200 letters, log
     odds of accessibility in HepG2 by oracle A; oracle B has other chromosomes, and no method sees it.
@@ -75,14 +74,13 @@ def common_flags(doc, size, quick, paper):
     return parser
 
 def checked(parser, args):
-    """The flags; what cannot work is said in one sentence before any work."""
+    """The flags; what cannot work, as a folder that cannot be written, is said in one sentence before any work."""
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 < value + (name == "seed") < 1e9:
             parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
     if len(set(args.problem)) < len(args.problem):
         parser.error("--problem names one twice")
-    loaded("--out", args.out.mkdir, parents=True, exist_ok=True)
-    loaded("--out", (args.out / ".writable").touch)  # or it is said now, not after all the work
+    loaded("--out", lambda: (args.out.mkdir(parents=True, exist_ok=True), (args.out / ".writable").touch()))
     return args
 
 # ---- the problem: model, reward, exact answer ------------------------------------------------------------------------
@@ -408,15 +406,16 @@ def save_sequences(args, found):
 
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names = ("problem", "method", "quantity", "estimate", "se", "exact")
+    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
     for r in [names, *rows]:
         cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
         print(("{:16} {:22} {:20}" + 3 * "{:>10}").format(*r[:3], *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
-    text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
-    (args.out / "numbers.json").write_text(text)
-    draw().savefig(args.out / "figure.png", dpi=100)
+    part.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False))
+    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
+    draw().savefig(part, dpi=100, format="png")
+    part.replace(args.out / "figure.png")
 
 def measure(world, method, out, k, args):
     """Rows of a method's sequences after k rounds; exact: of p exp(k r / kl_weight), or how much its log Z grew."""

@@ -58,14 +58,13 @@ def common_flags(doc, size, quick, paper):
     return parser
 
 def checked(parser, args):
-    """The flags; what cannot work is said in one sentence before any work."""
+    """The flags; what cannot work, as a folder that cannot be written, is said in one sentence before any work."""
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 < value + (name == "seed") < 1e9:
             parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
     if len(set(args.problem)) < len(args.problem):
         parser.error("--problem names one twice")
-    loaded("--out", args.out.mkdir, parents=True, exist_ok=True)
-    loaded("--out", (args.out / ".writable").touch)  # or it is said now, not after all the work
+    loaded("--out", lambda: (args.out.mkdir(parents=True, exist_ok=True), (args.out / ".writable").touch()))
     return args
 
 # ---- the problem: models, exact answers ------------------------------------------------------------------------------
@@ -298,15 +297,16 @@ def save_sequences(args, found):
 
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names = ("problem", "method", "quantity", "estimate", "se", "exact")
+    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
     for r in [names, *rows]:
         cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
         print(("{:16} {:22} {:20}" + 3 * "{:>10}").format(*r[:3], *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
-    text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
-    (args.out / "numbers.json").write_text(text)
-    draw().savefig(args.out / "figure.png", dpi=100)
+    part.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False))
+    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
+    draw().savefig(part, dpi=100, format="png")
+    part.replace(args.out / "figure.png")
 
 def sample(method, parts, weights, args, shape, base):
     """One of METHODS, or models alone, at weights (2,) -> x (G, P, L), log_w (G, P). base: samples of p, which the

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 if __name__ == "__main__": os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
 from matplotlib.figure import Figure
+from scipy.stats import mannwhitneyu
 from torch import nn
 from torch.nn import functional as F
 from tqdm import trange
@@ -68,14 +69,13 @@ def common_flags(doc, size, quick, paper):
     return parser
 
 def checked(parser, args):
-    """The flags; what cannot work is said in one sentence before any work."""
+    """The flags; what cannot work, as a folder that cannot be written, is said in one sentence before any work."""
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 < value + (name == "seed") < 1e9:
             parser.error(f"--{name.replace('_', '-')}: {value} is not between 0 and 1e9")
     if len(set(args.problem)) < len(args.problem):
         parser.error("--problem names one twice")
-    loaded("--out", args.out.mkdir, parents=True, exist_ok=True)
-    loaded("--out", (args.out / ".writable").touch)  # or it is said now, not after all the work
+    loaded("--out", lambda: (args.out.mkdir(parents=True, exist_ok=True), (args.out / ".writable").touch()))
     return args
 
 # ---- the problem: data -----------------------------------------------------------------------------------------------
@@ -288,15 +288,16 @@ def load_network(path, kind):
 # ---- measures, figure, main ------------------------------------------------------------------------------------------
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names = ("problem", "method", "quantity", "estimate", "se", "exact")
+    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
     for r in [names, *rows]:
         cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
         print(("{:16} {:22} {:20}" + 3 * "{:>10}").format(*r[:3], *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
-    text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
-    (args.out / "numbers.json").write_text(text)
-    draw().savefig(args.out / "figure.png", dpi=100)
+    part.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False))
+    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
+    draw().savefig(part, dpi=100, format="png")
+    part.replace(args.out / "figure.png")
 
 def mean_row(problem, method, quantity, values, exact=None):
     """A row: the mean of independent values and its standard error."""
@@ -305,9 +306,8 @@ def mean_row(problem, method, quantity, values, exact=None):
 
 def auc(score, positive):
     """Probability that a positive scores above a negative, score (N,), positive (N,) bool."""
-    others = score[~positive].sort().values
-    wins = (torch.searchsorted(others, score[positive], right=right) for right in (False, True))
-    return sum(v.double().mean() for v in wins) / (2 * len(others))
+    wins = mannwhitneyu(score[positive].cpu(), score[~positive].cpu()).statistic
+    return wins / float(positive.sum() * (~positive).sum())
 
 def splice_rows(args, name, width, dilations, updates, batch, _, count):
     """Train and measure the network of mpsa; the exact distributions of few steps -> rows, what the figure shows."""

@@ -79,8 +79,7 @@ def checked(parser, args):
         args.prompts = [*filter(None, map(str.strip, text.splitlines()))]
     parts = (word.partition("=") for word in args.reward)
     args.weights = {name: loaded("--reward", float, weight or 1) for name, _, weight in parts}
-    loaded("--out", args.out.mkdir, parents=True, exist_ok=True)
-    loaded("--out", (args.out / ".writable").touch)  # or it is said now, not after all the work
+    loaded("--out", lambda: (args.out.mkdir(parents=True, exist_ok=True), (args.out / ".writable").touch()))
     if not 0 < len({*args.prompts}) == len(args.prompts) or len(args.weights) < len(args.reward):
         parser.error("--prompts and --reward: there are none, or one stands there twice")
     if not mini and MINI in pathlib.Path(args.clip).resolve().parents and {"clip", "aesthetic"} & {*args.weights}:
@@ -91,9 +90,8 @@ def checked(parser, args):
 def make_rewards(args, device):
     """Every --reward: a function of images (n, 3, H, W) in [0, 1] and the numbers of their prompts (n,) -> (n,)."""
     def jpeg(images, number):  # compressibility: minus the kilobytes at quality 95, as in DDPO; no gradient
-        size = lambda image: image.save(file := io.BytesIO(), "JPEG", quality=95) or file.tell()
-        pixels = images.detach().permute(0, 2, 3, 1).cpu().numpy()
-        return torch.tensor([-size(image) / 1000 for image in numpy_to_pil(pixels)], device=device)
+        files = numpy_to_pil(images.detach().permute(0, 2, 3, 1).cpu().numpy())
+        return images.new_tensor([v.save(f := io.BytesIO(), "JPEG", quality=95) or -f.tell() / 1000 for v in files])
     def saturation(images, number):
         return ((images.amax(1) - images.amin(1)) / (images.amax(1) + 1e-8)).mean((1, 2))
     def contrast(images, number):  # mean distance of the luminance from its Gaussian blur
@@ -225,7 +223,8 @@ class Diffusion:
         half = dict(variant="fp16") if names and all(".fp16" in name for name in names) else {}
         single = args.model.endswith(".safetensors")
         load = StableDiffusionPipeline.from_single_file if single else StableDiffusionPipeline.from_pretrained
-        pipe = loaded(args.model, load, args.model, safety_checker=None, feature_extractor=None, **half).to(device)
+        pipe = loaded(args.model, load, args.model, safety_checker=None, feature_extractor=None, **half)
+        loaded(args.model, pipe.to, device)
         self.pipe, self.unet, config, schedule = pipe, pipe.unet, pipe.unet.config, pipe.scheduler.config
         self.guidance, self.velocity = args.guidance, schedule.prediction_type == "v_prediction"
         abar = getattr(pipe.scheduler, "alphas_cumprod", torch.zeros(1)).double().cpu()
@@ -320,15 +319,17 @@ def draw_images(ax, images, label):
 
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names = ("problem", "method", "quantity", "estimate", "se", "exact")
+    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
     for r in [names, *rows]:
         cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
         print(("{:22} {:15} {:22}" + 3 * "{:>10}").format(*r[:3], *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
     text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
-    (args.out / "numbers.json").write_text(text.replace(f"{MINI.parents[1]}/", ""))  # paths from the top folder
-    draw().savefig(args.out / "figure.png", dpi=100)
+    part.write_text(text.replace(f"{MINI.parents[1]}/", ""))  # paths from the top folder
+    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
+    draw().savefig(part, dpi=100, format="png")
+    part.replace(args.out / "figure.png")
 
 def draw(args, rows, sheets):
     """Lines of images; the gain of every method beside that of the target."""

@@ -19,8 +19,7 @@ Algorithm
     5. write the folders that diffusers and transformers load; sample; count what is recognised     `evaluate`
 What you should see (results/pretrain_seed0.json): on generated images of DDPO's 45 animals (20 steps, guidance 4) the
 evaluation is right in 97 +- 1% (by chance 2%), and a reader names nearly all of them. The reward is right in 28 +- 2%:
-it is an outsider, as rewards are, and a sampler may please it without pleasing the other. The autoencoder's images are
-off by 1.6% (28.5 dB). To try: --resume --guidance 1, how much of the likeness does guidance make?
+it is an outsider, as rewards are, and a sampler may please it without pleasing the other. Try --resume --guidance 1.
 """
 import argparse, copy, json, math, os, pathlib, shutil, sys, time, unicodedata
 import numpy as np
@@ -408,15 +407,17 @@ def draw(images, columns=9):
 
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names = ("problem", "method", "quantity", "estimate", "se", "exact")
+    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
     for r in [names, *rows]:
         cells = ("" if v is None else v if r is names else f"{v:.3f}" for v in r[3:])
         print(("{:22} {:15} {:22}" + 3 * "{:>10}").format(*r[:3], *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
     text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
-    (args.out / "numbers.json").write_text(text.replace(f"{MINI.parents[1]}/", ""))  # paths from the top folder
-    draw().savefig(args.out / "figure.png", dpi=100)
+    part.write_text(text.replace(f"{MINI.parents[1]}/", ""))  # paths from the top folder
+    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
+    draw().savefig(part, dpi=100, format="png")
+    part.replace(args.out / "figure.png")
 
 def main(args):
     started, folder = time.time(), args.export or args.out / "mini"

@@ -260,7 +260,7 @@ def checked(parser, args):
 
 def report(args, rows, started, draw):
     """Print and save rows (problem, method, quantity, estimate, standard error, exact), then the figure of draw()."""
-    names = ("problem", "method", "quantity", "estimate", "se", "exact")
+    names, part = ("problem", "method", "quantity", "estimate", "se", "exact"), args.out / f"{time.time_ns()}.part"
     rows = [(*r[:3], *(None if v is None or not math.isfinite(v) else float(v) for v in r[3:])) for r in rows]
     print(("{:12} {:20} {:16}" + 4 * "{:>11}").format(*names, "z"))
     for *words, estimate, se, exact in rows:
@@ -268,9 +268,10 @@ def report(args, rows, started, draw):
         cells = ("" if v is None else f"{v:.3f}" for v in (estimate, se, exact, z))
         print(("{:12} {:20} {:16}" + 4 * "{:>11}").format(*words, *cells))
     record = dict(args=vars(args), rows=[dict(zip(names, r)) for r in rows], seconds=round(time.time() - started, 1))
-    text = json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False)
-    (args.out / "numbers.json").write_text(text)
-    draw().savefig(args.out / "figure.png", dpi=100)
+    part.write_text(json.dumps(record | {"torch": torch.__version__}, indent=1, default=str, allow_nan=False))
+    part.replace(args.out / "numbers.json")  # files are whole or absent, also when two runs share a folder
+    draw().savefig(part, dpi=100, format="png")
+    part.replace(args.out / "figure.png")
 
 def main(args):
     started, samples, rows, (args.groups, train_steps, subsamples) = time.time(), {}, [], args.size
