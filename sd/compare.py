@@ -11,9 +11,9 @@ Table: gain, the reward above the base model's in its standard deviations; held_
     prompt under the other CLIP model, and per unit of gain; diversity, mean 1 - cosine of two images of a prompt there,
     as a share of the base model's; calls of the UNet on a latent, a backward pass counted as two, for the training
     and for an image afterwards.
-What you should see (seeds 0, 1): for each standard deviation gained the other score falls by .021, .022 (DAV, seven
-    rounds), .014, .017 (DAS at a gain of 2.8), .012, .032 (DRaFT with KL), each +- .003 to .005; DDPO ends at a gain
-    of 1. A DAS image costs 480 calls, one of a tuned model 10 after 17,000 (DAV) to 31,000 (DDPO), of the posterior
+What you should see (three seeds): for each standard deviation gained the other score falls by .021, .022, .020 (DAV,
+    seven rounds), .014, .017, .014 (DAS at a gain of 2.8), .012, .032, .021 (DRaFT with KL), each +- .003 to .005; DDPO
+    ends at a gain of 1. A DAS image costs 480 calls, one of a tuned model 10 after 17,000 (DAV) to 31,000 (DDPO), of the posterior
     39: training pays after some 40 images.
 """
 import argparse, json, os, pathlib, sys, time
