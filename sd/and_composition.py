@@ -184,13 +184,13 @@ def forecast(x, eps, abar):
     return (x - (1 - abar) ** 0.5 * eps) / abar**0.5
 
 def adapted(model, scales, x, i, number, chunk):
-    """The noise in x (G, P, C, h, w) at step i, prompt number (G,) by group, with LoRAs on: scales {name: scale}."""
+    """The noise in x (G, P, C, h, w) at step i, of prompt number, () or (G P,), with LoRAs on: scales {name: scale}."""
     if scales:
         model.unet.enable_adapters()
         model.unet.set_adapters([*scales], [*scales.values()])
     elif model.unet._hf_peft_config_loaded:
         model.unet.disable_adapters()
-    parts = zip(x.flatten(0, 1).split(chunk), number.repeat_interleave(x.shape[1]).split(chunk))
+    parts = zip(x.flatten(0, 1).split(chunk), torch.as_tensor(number).expand(x.shape[:2].numel()).split(chunk))
     return torch.cat([model.eps(part, i, k) for part, k in parts]).view_as(x)
 
 @torch.no_grad()

@@ -191,13 +191,13 @@ def merge(mean, sigma, weights):
     return merged, -torch.einsum("m,m...->...", w, (mean - merged) ** 2).flatten(2).sum(2) / sigma**2 / 2
 
 def adapted(model, scales, x, i, number, chunk):
-    """The noise in x (G, P, C, h, w) at step i, prompt number (G,) by group, with LoRAs on: scales {name: scale}."""
+    """The noise in x (G, P, C, h, w) at step i, of prompt number, () or (G P,), with LoRAs on: scales {name: scale}."""
     if scales:
         model.unet.enable_adapters()
         model.unet.set_adapters([*scales], [*scales.values()])
     elif model.unet._hf_peft_config_loaded:
         model.unet.disable_adapters()
-    parts = zip(x.flatten(0, 1).split(chunk), number.repeat_interleave(x.shape[1]).split(chunk))
+    parts = zip(x.flatten(0, 1).split(chunk), torch.as_tensor(number).expand(x.shape[:2].numel()).split(chunk))
     return torch.cat([model.eps(part, i, k) for part, k in parts]).view_as(x)
 
 @torch.no_grad()
@@ -213,15 +213,13 @@ def msdda(model, asked, weights, x, corrected=False, twist=None):
     state, log_w = smc(step, dict(x=x, log_twist=torch.zeros(x.shape[:2])), len(model.times))
     return state["x"], log_w
 
-def sample(args, model, gains, names, weights, method):
-    """A method at weights (2,) of the rewards -> x, log_w, gain (K, G, P), and {quantity: value}: each gain, calls of
-    the UNet for an image. names: of the two adapters; gains: functions of latents and prompt numbers."""
-    (groups, particles), prompts, calls = args.size[:2], len(args.prompts), []
-    number = torch.arange(prompts).repeat_interleave(groups)
+def sample(args, model, gains, names, weights, method, k):
+    """Prompt k by a method at weights (2,) of the rewards -> x, log_w, gain (G, P), and {quantity: value}: each gain,
+    calls of the UNet for an image. names: of the two adapters; gains: functions of latents and prompt numbers."""
+    (groups, particles), calls = args.size[:2], []
     def ask(scales):
-        return lambda x, i: calls.append(x.shape[1]) or adapted(model, scales, x, i, number, args.chunk)
-    def rewards(x):  # latents (K G, P, C, h, w) -> both, and their weighted sum (3, K G, P)
-        k = number.repeat_interleave(particles)
+        return lambda x, i: calls.append(x.shape[1]) or adapted(model, scales, x, i, k, args.chunk)
+    def rewards(x):  # latents (G, P, C, h, w) -> both, and their weighted sum (3, G, P)
         both = torch.stack([gain(x.flatten(0, 1), k).view(x.shape[:2]) for gain in gains])
         return torch.stack([*both, weights[0] * both[0] + weights[1] * both[1]])
     def guided(x, i):  # RGG: the mean moves along the gradient in x_t, of which the UNet is taken to be independent
@@ -239,8 +237,8 @@ def sample(args, model, gains, names, weights, method):
     rules = dict(soup=[ask(dict(zip(names, weights)))], rgg=[guided], code=[base], base=[base])
     rules |= {word: [f] for word, f in zip(reward_words(args), alone)}
     asked = rules.get(method, alone)
-    torch.manual_seed(args.seed)  # the same noise for all, until smc resamples
-    x = torch.randn(len(number), particles, *model.shape)
+    torch.manual_seed(args.seed + 100 * k)  # the same noise for all, until smc resamples
+    x = torch.randn(groups, particles, *model.shape)
     x, log_w = msdda(model, asked, weights if len(asked) > 1 else [1.0], x, method == "msdda_ct",
                      best if method == "code" else None)
     with torch.no_grad():
@@ -250,8 +248,7 @@ def sample(args, model, gains, names, weights, method):
     if method == "msdda_ct":
         values["log_z"] = log_w.logsumexp(1).mean() - math.log(particles)
         values["effective_size"] = (1 / w.square().sum(1)).mean()
-    found = {key: v.unflatten(0, (prompts, groups)) for key, v in dict(x=x, log_w=log_w, gain=r[2]).items()}
-    return found, {key: float(v) for key, v in values.items()}
+    return dict(x=x, log_w=log_w, gain=r[2]), values
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 class Refused(ValueError):
@@ -393,12 +390,12 @@ def main(args):
     model, words = Diffusion(args, accelerator.device), reward_words(args)
     print("COARSE: numbers mean nothing" if args.size[2] < 3 else "gain: reward in standard deviations of the base "
           "model's; se: over training seeds (rgg and code have none); change: from msdda; calls: of the UNet")
-    number = torch.arange(len(args.prompts)).repeat_interleave(4)
-    torch.manual_seed(args.seed)
-    x, _ = msdda(model, [lambda x, i: adapted(model, {}, x, i, number, args.chunk)], [1.0],
-                 torch.randn(len(number), 4, *model.shape))
-    x = x.view(len(args.prompts), -1, *model.shape)
-    gains = [make_gain(argparse.Namespace(**vars(args) | dict(weights={word: weight})), accelerator, model, x)
+    base, prompts = [], range(len(args.prompts))
+    for k in prompts:
+        torch.manual_seed(args.seed + 100 * k)
+        noise, ask = torch.randn(1, 16, *model.shape), lambda x, i: adapted(model, {}, x, i, k, args.chunk)
+        base.append(msdda(model, [ask], [1.0], noise)[0][0])
+    gains = [make_gain(argparse.Namespace(**vars(args) | dict(weights={word: weight})), accelerator, model, base)
              for word, weight in args.weights.items()]
     folders = [sorted(glob.glob(pattern)) or [pattern] for pattern in args.lora]
     for seed, pair in enumerate(list(zip(*folders))[: args.size[2]]):
@@ -410,11 +407,12 @@ def main(args):
                  if not seed or method not in ("rgg", "code")]  # which have no adapters
         rows, keep = {}, {}
         for problem, weights, method in jobs:
-            out, values = sample(args, model, gains, names, weights, method)
+            outs, values = zip(*(sample(args, model, gains, names, weights, method, k) for k in prompts))
+            values = {key: sum(float(v[key]) for v in values) / len(values) for key in values[0]}
             if problem != "alone" and method != "msdda":
                 values["change"] = values["weighted_gain"] - rows[problem, "msdda", "weighted_gain"]
             rows |= {(problem, method, key): v for key, v in values.items()}
-            keep.setdefault(method, out)
+            keep.setdefault(method, {key: torch.stack([out[key] for out in outs]) for key in outs[0]})
         found.append(rows)
         sheets = sheets or save_samples(args, model, keep)
     table = {key: torch.tensor([rows[key] for rows in found if key in rows], dtype=torch.float64) for key in found[0]}

@@ -36,8 +36,9 @@ def gains():
     return [lambda x, k: x[:, 0, 0, 0], lambda x, k: -x.flatten(1).square().sum(1)]
 
 def draw(args, method, module=m, weights=WEIGHTS, world=None):
-    out, values = module.sample(args, world or World(), gains(), ["a", "b"], list(weights), method)
-    return out | values
+    (one, values), (two, _) = (module.sample(args, world or World(), gains(), ["a", "b"], list(weights), method, k)
+                               for k in range(2))
+    return {key: torch.stack([one[key], two[key]]) for key in one} | values
 
 def log_z(world, weights):
     """sum over steps of log C_t, from the shift of the kernels' means by the forecasts."""
