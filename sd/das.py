@@ -374,7 +374,9 @@ def main(args):
         r = (out["log_w"].softmax(2) * out["gain"]).sum(2)  # (K, G)
         rows.append(("all", method, "gain", r.mean(), (r.var(1).mean() / r.numel()).sqrt(), None))
     r = found["base"]["gain"].flatten(1)  # (K, n)
-    rows.append(("all", "target", "gain", ((r / args.kl_weight).softmax(1) * r).sum(1).mean(), None, None))
+    w = (r / args.kl_weight).softmax(1)
+    rows.append(("all", "target", "gain", (w * r).sum(1).mean(), None, None))
+    rows += [(prompt, "target", "effective_size", 1 / (v @ v), None, None) for prompt, v in zip(args.prompts, w)]
     log_w = {m: found[m]["log_w"] for m in ("importance", "das") if m in found}
     log_w["target"] = r[..., None] / args.kl_weight
     rows += [(prompt, method, "log_z", z.mean().log(), z.std() / z.mean() / len(z) ** 0.5, None)  # z: of each group
