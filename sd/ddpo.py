@@ -263,7 +263,6 @@ class Diffusion:
         single = args.model.endswith(".safetensors")
         load = StableDiffusionPipeline.from_single_file if single else StableDiffusionPipeline.from_pretrained
         pipe = loaded(args.model, load, args.model, safety_checker=None, feature_extractor=None, **half)
-        loaded(args.model, pipe.to, device)
         self.pipe, self.unet, config, schedule = pipe, pipe.unet, pipe.unet.config, pipe.scheduler.config
         self.guidance, self.velocity = args.guidance, schedule.prediction_type == "v_prediction"
         abar = getattr(pipe.scheduler, "alphas_cumprod", torch.zeros(1)).double().cpu()
@@ -276,6 +275,7 @@ class Diffusion:
                 (args.steps < len(abar), f"{args.steps + 1} levels, take fewer --steps")):
             if not fits:
                 raise Refused(f"--model {args.model}: this needs Stable Diffusion v1 or v2, with {what}")
+        loaded(args.model, pipe.to, device)
         [part.requires_grad_(False) for part in (pipe.unet, pipe.vae, pipe.text_encoder)]
         # levels even in log SNR: a step that multiplies it by more than the others dominates the KL of a path
         snr, order = (abar / (1 - abar)).log(), torch.arange(args.steps + 1).flip(0)
