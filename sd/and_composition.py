@@ -194,12 +194,16 @@ def adapted(model, scales, x, i, number, chunk):
     return torch.cat([model.eps(part, i, k) for part, k in parts]).view_as(x)
 
 @torch.no_grad()
-def compose(args, model, models, dual, shape, method="", official=None):
+def compose(args, model, models, dual, shape, seed, method="", official=None):
     """Samples of prod_i q_i^dual_i by the summed score, or weighted (smc). models: m pairs of scales and prompt numbers
     (K,); dual (m,); shape (G, P) -> x, log_w (K, G, P) and, means over all: log_z; kl, slack (m,); gram (m, m).
     prod_i N(mean_i, sigma^2)^dual_i = C_t N(mean, sigma^2): draws are from N, C_t(x_t) is the weight of the step."""
-    share, prompts, m = dual.to(torch.ones(())), len(models[0][1]), len(dual)
-    numbers, size = [number.repeat_interleave(shape[0]) for _, number in models], (prompts * shape[0], shape[1])
+    share, prompts, m, noise = dual.to(torch.ones(())), len(models[0][1]), len(dual), []
+    numbers = [number.repeat_interleave(shape[0] * shape[1]) for _, number in models]
+    for k in range(prompts):  # the noise of each prompt is its own
+        torch.manual_seed(seed + 100 * k)
+        noise.append(torch.randn(len(model.times) + 1, *shape, *model.shape))
+    noise, size = torch.cat(noise, 1), (prompts * shape[0], shape[1])
     def step(state, i):
         x, a, b = state["x"], model.abar[i], model.abar[i + 1]
         if any(scales for scales, _ in models):
@@ -207,7 +211,7 @@ def compose(args, model, models, dual, shape, method="", official=None):
         else:  # of prompts alone: one call for all
             eps = adapted(model, {}, x.repeat(m, 1, 1, 1, 1), i, torch.cat(numbers), args.chunk).unflatten(0, (m, -1))
         means, sigma = kernel(x, eps, a, b)  # (m, K G, P, C, h, w)
-        mean, z = torch.einsum("m,m...->...", share, means), torch.randn_like(x)
+        mean, z = torch.einsum("m,m...->...", share, means), noise[i + 1].to(x)
         apart = (means - mean).flatten(3) / sigma
         gram = torch.einsum("mgpd,ngpd->gpmn", apart, apart)
         kl = gram.diagonal(dim1=2, dim2=3) / 2  # Lemma 1
@@ -218,7 +222,7 @@ def compose(args, model, models, dual, shape, method="", official=None):
         new = {name: state[name] + v for name, v in dict(kl=kl, slack=slack, log_q=log_q, gram=gram).items()}
         return dict(state, x=mean + sigma * z, **new), -(kl @ share) * (method == "smc")
     start = {name: torch.zeros(*size, m) for name in ("kl", "slack", "log_q")}
-    start |= dict(gram=torch.zeros(*size, m, m), log_twist=torch.zeros(size), x=torch.randn(*size, *model.shape))
+    start |= dict(gram=torch.zeros(*size, m, m), log_twist=torch.zeros(size), x=noise[0])
     state, log_w = smc(step, start, len(model.times))
     x, log_w = (v.unflatten(0, (prompts, -1)) for v in (state.pop("x"), log_w))
     w = log_w.flatten(1).softmax(1).view(size) / prompts
@@ -229,13 +233,12 @@ def compose(args, model, models, dual, shape, method="", official=None):
     return dict(out, x=x, log_w=log_w, log_z=log_z)
 
 def run(method, args, model, models, official, shape):
-    """One of METHODS -> what compose returns at its multipliers, with these, dual (m,)."""
+    """One of METHODS -> what compose returns at its multipliers, with these, dual (m,). The last noise is that of all."""
     path, (paths, rounds) = [torch.full((len(models),), 1 / len(models)).double().cpu()], args.size[2:4]
     for left in reversed(range(1 if method == "equal_weights" else 1 + rounds)):
         dual = path[-1] if left else torch.stack(path[len(path) // 2 :]).mean(0)
-        torch.manual_seed(args.seed + 1000 * left)  # the last draws have the same noise in all methods
         few = (1, 2 * paths if method == "smc" else paths)
-        out = compose(args, model, models, dual, few if left else shape, method, official)
+        out = compose(args, model, models, dual, few if left else shape, args.seed + 1000 * left, method, official)
         path.append(dual_step(dual, out["slack"], out["gram"], simplex=True))
     return dict(out, dual=dual)
 
@@ -276,8 +279,7 @@ def compose_adapters(args, model, rewards, names):
     and each alone; percent is of the gain of a reward's own adapter over the base model."""
     number, words, found, means = torch.arange(len(args.prompts)), [*names], {}, {}
     for method, scales in dict(base={}, **{word: {name: 1.0} for word, name in names.items()}).items():
-        torch.manual_seed(args.seed)
-        found[method] = compose(args, model, [(scales, number)], torch.ones(1), args.size[:2])
+        found[method] = compose(args, model, [(scales, number)], torch.ones(1), args.size[:2], args.seed)
         means[method] = judge(args, model, rewards, found[method]["x"]).mean((1, 2, 3)).tolist()  # in their own units
     percent = [lambda images, k, j=j, reward=reward: (reward(images, k) - means["base"][j]) * 100 /
                (means[words[j]][j] - means["base"][j]) for j, reward in enumerate(rewards)]
@@ -291,13 +293,12 @@ def compose_concepts(args, model, clips, parts, numbers, joint, blank):
     """Concepts in one image, as in Table 1: the numbers of their prompts, of one that joins them, and of an empty one
     -> as compare. official: the released code compares forecasts without guidance to a product with ten times of it."""
     def official(share, x, i, eps):
-        shift = (eps - adapted(model, {}, x, i, torch.full((len(x),), blank), args.chunk)) / args.guidance
+        shift = (eps - adapted(model, {}, x, i, blank, args.chunk)) / args.guidance
         return shift - 10 * args.guidance * torch.einsum("m,m...->...", share, shift)
     judges = {name: [lambda images, _, embed=embed, text=texts[k]: embed(images) @ text for k in numbers]
               for name, (embed, texts) in clips.items()}
     models, shape = [({}, torch.tensor([k])) for k in numbers], (args.size[0], 1)
-    torch.manual_seed(args.seed)
-    found = dict(joint=compose(args, model, [({}, torch.tensor([joint]))], torch.ones(1), shape))
+    found = dict(joint=compose(args, model, [({}, torch.tensor([joint]))], torch.ones(1), shape, args.seed))
     return compare(args, model, parts, found, METHODS[1:4], models, official, judges, shape)
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -435,8 +436,7 @@ def draw(args, rows, sheets):
                 middle, se = values.get((problem, method, quantity + suffix), (math.nan, torch.tensor(math.nan)))
                 axes[quantity].errorbar(middle, j + 0.2 * (k - first), xerr=None if se.isnan() else 2 * se,
                                         fmt="os^Dv"[k % 5], color=f"C{k}", label=label * (quantity != "kl" and not j))
-        axes[quantity].set_yticks(range(5), METHODS)
-        axes[quantity].set_ylim(4.7, -0.3)
+        axes[quantity].set(yticks=range(5), yticklabels=METHODS, ylim=(4.7, -0.3))
         axes[quantity].set_title(quantity.replace("_", " "), fontsize=9)
     figure.legend(fontsize=8, ncols=5, loc="outside lower center")
     return figure

@@ -60,9 +60,8 @@ def args(tmp_path):
     return ac.parse_args(["--quick", "--out", str(tmp_path)])
 
 def draw(args, method, shape, world=None, module=ac, dual=DUAL, seed=0):
-    torch.manual_seed(seed)
     models = [({name: 1.0}, torch.tensor([0])) for name in MEANS]
-    return module.compose(args, world or World(), models, dual, shape, method)
+    return module.compose(args, world or World(), models, dual, shape, seed, method)
 
 def z_scores(args, module=ac):
     world = World()
