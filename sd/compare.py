@@ -13,8 +13,8 @@ Table: gain, the reward above the base model's in its standard deviations; held_
     and for an image afterwards.
 What you should see (three seeds): for each standard deviation gained the other score falls by .021, .022, .020 (DAV,
     seven rounds), .014, .017, .014 (DAS at a gain of 2.8), .012, .032, .021 (DRaFT with KL), each +- .003 to .005; DDPO
-    ends at a gain of 1. A DAS image costs 480 calls, one of a tuned model 10 after 17,000 (DAV) to 31,000 (DDPO), of the posterior
-    39: training pays after some 40 images.
+    ends at a gain of 1. A DAS image costs 480 calls, one of a tuned model 10 after 17,000 (DAV) to 31,000 (DDPO), of
+    the posterior 39: training pays after some 40 images.
 """
 import argparse, json, os, pathlib, sys, time
 import torch
