@@ -233,7 +233,7 @@ def compose(args, model, models, dual, shape, seed, method="", official=None):
     return dict(out, x=x, log_w=log_w, log_z=log_z)
 
 def run(method, args, model, models, official, shape):
-    """One of METHODS -> what compose returns at its multipliers, and these, dual (m,). The last noise is one for all."""
+    """One of METHODS -> what compose returns at its multipliers, and these, dual (m,). The last noise is the same."""
     path, (paths, rounds) = [torch.full((len(models),), 1 / len(models)).double().cpu()], args.size[2:4]
     for left in reversed(range(1 if method == "equal_weights" else 1 + rounds)):
         dual = path[-1] if left else torch.stack(path[len(path) // 2 :]).mean(0)
