@@ -393,7 +393,7 @@ def main(args):
     base, prompts = [], range(len(args.prompts))
     for k in prompts:
         torch.manual_seed(args.seed + 100 * k)
-        noise, ask = torch.randn(1, 16, *model.shape), lambda x, i: adapted(model, {}, x, i, k, args.chunk)
+        noise, ask = torch.randn(1, 64, *model.shape), lambda x, i: adapted(model, {}, x, i, k, args.chunk)
         base.append(msdda(model, [ask], [1.0], noise)[0][0])
     gains = [make_gain(argparse.Namespace(**vars(args) | dict(weights={word: weight})), accelerator, model, base)
              for word, weight in args.weights.items()]
