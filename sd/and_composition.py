@@ -16,10 +16,10 @@ Algorithm: 1. compose: draw by the summed score sum_i dual_i eps_i, the surrogat
 Ours: smc carries the normaliser C_t of the product of the kernels as weight, so that samples, KLs and D_AND are those
     of the product of the paths. Of prompts it has no row: equal weights are 1,570 nats from one of a pair.
 Of two models KL_i is (1 - dual_i)^2 times one number: algorithm_3 is equal_weights for every pair.
-What you should see (seed 0, three training seeds): equal weights leave 23, 28, 26 percent of what each adapter gains
-    alone, at KLs of 56, 34, 30 nats; algorithm_3 lowers the worst KL by 10.9 +- 1.1, and with it the least percentage,
-    by 7.0 +- 3.8: a KL is no reward. smc: KLs 34, 41, 40, but 53, -3, -11 percent. Score of the concept drawn worst:
-    of pairs official, of triplets algorithm_3 is .005 +- .029 and .008 +- .023 above equal weights: Table 1's gain is
+What you should see (seed 0, three training seeds): equal weights leave 19, 26, 18 percent of what each adapter gains
+    alone, at KLs of 56, 34, 30 nats; algorithm_3 lowers the worst KL by 11.0 +- 1.1, and with it the least percentage,
+    by 4.6 +- 7.5: a KL is no reward. smc: KLs 45, 36, 32, but 33, 24, -5 percent. Score of the concept drawn worst:
+    official is .008 +- .025 above equal weights in pairs, algorithm_3 .015 +- .023 below in triplets: Table 1's gain is
     not seen. To try: --guidance 1 --problem concepts.
 """
 import argparse, csv, glob, io, json, math, os, pathlib, runpy, sys, time
