@@ -1,7 +1,7 @@
 """Align a masked diffusion model of DNA under constraints: the least KL from it that is active and GC-rich enough.
 Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusion Models using Constrained Learning",
 NeurIPS 2025, arXiv 2508.19104. figure.png: its Fig. 3 on DNA: rewards and multipliers by round, the KL of all methods.
-Run    python dna/constrained_alignment.py      both problems; 5 CPU minutes, --quick: 20 s; --resume goes on
+Run    python dna/constrained_alignment.py      both problems; 5 CPU minutes, --quick: 20 s
        python dna/constrained_alignment.py --problem hepg2 --threshold -1 0.5         of activity, of the share of GC
        python dna/constrained_alignment.py --paper --device cuda                      longer; not run here
 Read first: lagrangian_update, align, dual_step, best_multipliers. Skip: World, the networks, report, draw.
@@ -46,7 +46,6 @@ def parse_args(argv=None):
     add("--lag", type=float, default=6.0, help="divides the steps of the multipliers")
     add("--updates", type=int, default=3, help="of the network in a round")
     add("--lr", type=float, help="1e-3 for mpsa, else 3e-4")
-    add("--resume", action="store_true", help="go on with an interrupted run")
     args = checked(parser, parser.parse_args(argv))
     if args.threshold and (len(args.problem) > 1 or not all(map(math.isfinite, args.threshold))):
         parser.error("--threshold: two finite numbers, for one --problem")
@@ -215,38 +214,26 @@ def align(args, world, net, name, dual, b, rounds, batch):
     if not world.reward(torch.full((1, world.length, 4), 0.25, requires_grad=True)).requires_grad:
         raise Refused("--reward: no gradient, which this method needs; dna/ddpo.py and dna/das.py do without")
     def update(step, trace):
-        now = torch.tensor(trace[-1][0], dtype=torch.float64, device="cpu") if trace else dual
+        now = trace[-1][0] if trace else dual
         r, kl = lagrangian_update(args, world, tuned(world, net), now, step, batch)
         # the step counts on a model that follows at once; a network takes some rounds
-        now = dual_step(now, b - r.mean(0), args.lag * torch.cov(r.T), simplex=False)
-        return now.tolist(), r.mean(0).tolist(), kl.mean().item()
+        return dual_step(now, b - r.mean(0), args.lag * torch.cov(r.T), simplex=False), r.mean(0), kl.mean()
     args = argparse.Namespace(**vars(args) | dict(lr=args.lr or (1e-3 if world.p is not None else 3e-4)))
-    return [torch.tensor(v) for v in zip(*train(args, net, name, rounds, update))]
+    return [torch.stack(v) for v in zip(*train(args, net, name, rounds, update))]
 
 def train(args, net, name, rounds, update):
     """`rounds` times update(step, trace), which back-propagates and calls step() -> trace: what they return.
-    The network net, a copy of the base trained as a whole, is saved with its optimiser in args.out/name.pt."""
+    The network net, a copy of the base trained as a whole, is saved in args.out/name.pt."""
     net.requires_grad_(True)
-    file, flags = args.out / f"{name}.pt", str(vars(args) | dict(resume=False))
     optimizer, trace = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99)), []
-    if args.resume and file.exists():
-        saved = torch.load(file, map_location=args.device, weights_only=True)
-        if saved["flags"] != flags:
-            raise Refused(f"--resume: {file} is of a run with other flags")
-        trace = saved["trace"]
-        net.load_state_dict(saved["net"])
-        optimizer.load_state_dict(saved["optimizer"])
     def step():
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    for i in trange(len(trace), rounds, desc=name):
-        torch.manual_seed(args.seed + 1000 * (i + 1))  # the same after --resume
+    for i in trange(rounds, desc=name):
+        torch.manual_seed(args.seed + 1000 * (i + 1))
         trace.append(update(step, trace))
-        state = dict(net=net.state_dict(), optimizer=optimizer.state_dict())
-        torch.save(dict(flags=flags, trace=trace, **state), file.with_suffix(".part"))
-        file.with_suffix(".part").replace(file)
-    net.requires_grad_(False)
+    torch.save(net.requires_grad_(False).state_dict(), args.out / f"{name}.pt")
     return trace
 
 def tuned(world, net):

@@ -2,7 +2,7 @@
 Paper: Lee et al., "Diffusion Alignment as Variational Expectation-Maximization" (DAV), ICLR 2026, arXiv 2510.00502.
 figure.png: reward and ELBO (its Fig. 4) by round, and the front of held-out reward and KL; Fig. 5 is compare.py's.
 Run    python dna/dav.py                              both problems; 6 CPU minutes, --quick: 20 s, --paper: not run here
-       python dna/dav.py --problem hepg2 --methods dav        or --resume, --rounds 4, --reward my.py:f --children 4
+       python dna/dav.py --problem hepg2 --methods dav        or --rounds 4, --reward my.py:f --children 4
        python dna/dav.py --problem data --checkpoints out/dna_pretrain          your own table, after pretrain.py
 Read first: search, dav_update. Skip: World, the networks, save_sequences, draw, checked, report.
 Problems: mpsa, 5' splice sites of 9 letters, 4^9 sequences that can be enumerated; hepg2, elements of 200 letters, log
@@ -55,7 +55,6 @@ def parse_args(argv=None):
     add("--children", type=int, default=1, help="of each state; a reward without a gradient needs several")
     add("--max-shift", type=float, default=2.0, help="cap of the tilt: standard deviation of log p / q of a step")
     add("--lr", type=float, default=6e-3)
-    add("--resume", action="store_true", help="go on with an interrupted run")
     return checked(parser, parser.parse_args(argv))
 
 def common_flags(doc, size, quick, paper):
@@ -318,28 +317,17 @@ def sample_paths(world, denoiser, n, chunk):
 
 def train(args, net, name, rounds, update):
     """`rounds` times update(step, trace), which back-propagates and calls step() -> trace: what they return.
-    The network net, a copy of the base trained as a whole, is saved with its optimiser in args.out/name.pt."""
+    The network net, a copy of the base trained as a whole, is saved in args.out/name.pt."""
     net.requires_grad_(True)
-    file, flags = args.out / f"{name}.pt", str(vars(args) | dict(resume=False))
     optimizer, trace = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99)), []
-    if args.resume and file.exists():
-        saved = torch.load(file, map_location=args.device, weights_only=True)
-        if saved["flags"] != flags:
-            raise Refused(f"--resume: {file} is of a run with other flags")
-        trace = saved["trace"]
-        net.load_state_dict(saved["net"])
-        optimizer.load_state_dict(saved["optimizer"])
     def step():
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    for i in trange(len(trace), rounds, desc=name):
-        torch.manual_seed(args.seed + 1000 * (i + 1))  # the same after --resume
+    for i in trange(rounds, desc=name):
+        torch.manual_seed(args.seed + 1000 * (i + 1))
         trace.append(update(step, trace))
-        state = dict(net=net.state_dict(), optimizer=optimizer.state_dict())
-        torch.save(dict(flags=flags, trace=trace, **state), file.with_suffix(".part"))
-        file.with_suffix(".part").replace(file)
-    net.requires_grad_(False)
+    torch.save(net.requires_grad_(False).state_dict(), args.out / f"{name}.pt")
     return trace
 
 # ---- the networks ----------------------------------------------------------------------------------------------------

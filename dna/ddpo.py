@@ -3,7 +3,6 @@ Paper: Black, Janner, Du, Kostrikov and Levine, "Training Diffusion Models with 
 2024, arXiv 2305.13301; its KL is that of DPOK, arXiv 2305.16381. figure.png: the baseline of Fig. 5 of DAV, 2510.00502.
 Run    python dna/ddpo.py                      both problems, see dna/das.py; 5 CPU minutes, --quick: 20 s
        python dna/ddpo.py --reward my.py:function     your own: letters (n, L, 4), A C G T, -> (n,); no gradient needed
-       python dna/ddpo.py --resume             goes on after an interruption, to the same numbers
        python dna/ddpo.py --paper --device cuda --steps 128                                a GPU's sizes; not run here
 Read first: states_of, policy_loss, ddpo_update. Skip: World, the networks, checked, report, draw.
 Notation (here -> paper); a step of the sampler is an action, tokens its state, the reward comes at the end
@@ -44,7 +43,6 @@ def parse_args(argv=None):
     add("--states", type=int, default=8, help="of every path that are learned from")
     add("--parts", type=int, default=4, help="updates on the states of a round, each on a part of them")
     add("--lr", type=float, help="3e-3 for mpsa, else 1e-3")
-    add("--resume", action="store_true", help="go on with an interrupted run")
     return checked(parser, parser.parse_args(argv))
 
 def common_flags(doc, size, quick, paper):
@@ -214,28 +212,17 @@ def ddpo_update(args, world, net, step, batch, weight):
 
 def train(args, net, name, rounds, update):
     """`rounds` times update(step, trace), which back-propagates and calls step() -> trace: what they return.
-    The network net, a copy of the base trained as a whole, is saved with its optimiser in args.out/name.pt."""
+    The network net, a copy of the base trained as a whole, is saved in args.out/name.pt."""
     net.requires_grad_(True)
-    file, flags = args.out / f"{name}.pt", str(vars(args) | dict(resume=False))
     optimizer, trace = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99)), []
-    if args.resume and file.exists():
-        saved = torch.load(file, map_location=args.device, weights_only=True)
-        if saved["flags"] != flags:
-            raise Refused(f"--resume: {file} is of a run with other flags")
-        trace = saved["trace"]
-        net.load_state_dict(saved["net"])
-        optimizer.load_state_dict(saved["optimizer"])
     def step():
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    for i in trange(len(trace), rounds, desc=name):
-        torch.manual_seed(args.seed + 1000 * (i + 1))  # the same after --resume
+    for i in trange(rounds, desc=name):
+        torch.manual_seed(args.seed + 1000 * (i + 1))
         trace.append(update(step, trace))
-        state = dict(net=net.state_dict(), optimizer=optimizer.state_dict())
-        torch.save(dict(flags=flags, trace=trace, **state), file.with_suffix(".part"))
-        file.with_suffix(".part").replace(file)
-    net.requires_grad_(False)
+    torch.save(net.requires_grad_(False).state_dict(), args.out / f"{name}.pt")
     return trace
 
 # ---- the networks ----------------------------------------------------------------------------------------------------

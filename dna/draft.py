@@ -2,7 +2,6 @@
 Paper: Wang et al., "Fine-Tuning Discrete Diffusion Models via Reward Optimization with Applications to DNA and Protein
 Design" (DRAKES), ICLR 2025, arXiv 2410.13643. figure.png: the baseline of Fig. 5 of DAV (arXiv 2510.00502).
 Run    python dna/draft.py               both problems, see dna/das.py; 5 CPU minutes, --quick: 15 s; --paper: not run
-       python dna/draft.py --resume      goes on after an interruption, to the same numbers
 Read first: draft_paths, straight_through, gap. Skip: World, the networks, checked, report, draw.
 Notation (here -> paper): kl_weight -> alpha, of the KL of paths, nats; temperature -> tau, of the Gumbel softmax;
     x (n, L, 5): one-hot tokens, four letters and the mask; back: share of the steps with a gradient
@@ -41,7 +40,6 @@ def parse_args(argv=None):
     add("--back", type=float, help="share of the steps with a gradient, the last; all for mpsa, else 50 / 128")
     add("--temperature", type=float, default=0.5, help="of the Gumbel softmax; drakes_published has 1")
     add("--lr", type=float, help="3e-3 for mpsa, else 7e-4")
-    add("--resume", action="store_true", help="go on with an interrupted run")
     return checked(parser, parser.parse_args(argv))
 
 def common_flags(doc, size, quick, paper):
@@ -206,28 +204,17 @@ def draft_update(world, net, step, batch, weight, **options):
 
 def train(args, net, name, rounds, update):
     """`rounds` times update(step, trace), which back-propagates and calls step() -> trace: what they return.
-    The network net, a copy of the base trained as a whole, is saved with its optimiser in args.out/name.pt."""
+    The network net, a copy of the base trained as a whole, is saved in args.out/name.pt."""
     net.requires_grad_(True)
-    file, flags = args.out / f"{name}.pt", str(vars(args) | dict(resume=False))
     optimizer, trace = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99)), []
-    if args.resume and file.exists():
-        saved = torch.load(file, map_location=args.device, weights_only=True)
-        if saved["flags"] != flags:
-            raise Refused(f"--resume: {file} is of a run with other flags")
-        trace = saved["trace"]
-        net.load_state_dict(saved["net"])
-        optimizer.load_state_dict(saved["optimizer"])
     def step():
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    for i in trange(len(trace), rounds, desc=name):
-        torch.manual_seed(args.seed + 1000 * (i + 1))  # the same after --resume
+    for i in trange(rounds, desc=name):
+        torch.manual_seed(args.seed + 1000 * (i + 1))
         trace.append(update(step, trace))
-        state = dict(net=net.state_dict(), optimizer=optimizer.state_dict())
-        torch.save(dict(flags=flags, trace=trace, **state), file.with_suffix(".part"))
-        file.with_suffix(".part").replace(file)
-    net.requires_grad_(False)
+    torch.save(net.requires_grad_(False).state_dict(), args.out / f"{name}.pt")
     return trace
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusion Models using Constrained Learning",
 NeurIPS 2025, arXiv 2508.19104, appendix E, which has it in 2D alone (toy/or_composition.py): DNA is ours. figure.png:
 KL of each model from the one network, the mixture beside; weights by round.
-Run    python dna/or_composition.py             both problems; 5 CPU minutes, --quick: 20 s; --resume goes on
+Run    python dna/or_composition.py             both problems; 5 CPU minutes, --quick: 20 s
        python dna/or_composition.py --problem hepg2 --cells hepg2 k562 gm12878 hesc
        python dna/or_composition.py --paper --device cuda      longer; not run here
 Read first: cover, step_kl, draw_paths, dual_step. Skip: World, the networks, report, draw.
@@ -43,7 +43,6 @@ def parse_args(argv=None):
     add("--objective", nargs="+", choices=["kl", "elbo"], default=["kl", "elbo"])
     add("--every", type=int, default=10, help="updates in a round, after which the weights move")
     add("--lr", type=float, default=4e-4)
-    add("--resume", action="store_true", help="go on with an interrupted run")
     args = checked(parser, parser.parse_args(argv))
     if len(set(args.cells)) < max(2, len(args.cells)):
         parser.error("--cells: a mixture is of two or more, all different")
@@ -193,28 +192,17 @@ def cover(args, world, denoiser, data, dual, entropy, move, batch, step):
 
 def train(args, net, name, rounds, update):
     """`rounds` times update(step, trace), which back-propagates and calls step() -> trace: what they return.
-    The network net, a copy of the base trained as a whole, is saved with its optimiser in args.out/name.pt."""
+    The network net, a copy of the base trained as a whole, is saved in args.out/name.pt."""
     net.requires_grad_(True)
-    file, flags = args.out / f"{name}.pt", str(vars(args) | dict(resume=False))
     optimizer, trace = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99)), []
-    if args.resume and file.exists():
-        saved = torch.load(file, map_location=args.device, weights_only=True)
-        if saved["flags"] != flags:
-            raise Refused(f"--resume: {file} is of a run with other flags")
-        trace = saved["trace"]
-        net.load_state_dict(saved["net"])
-        optimizer.load_state_dict(saved["optimizer"])
     def step():
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    for i in trange(len(trace), rounds, desc=name):
-        torch.manual_seed(args.seed + 1000 * (i + 1))  # the same after --resume
+    for i in trange(rounds, desc=name):
+        torch.manual_seed(args.seed + 1000 * (i + 1))
         trace.append(update(step, trace))
-        state = dict(net=net.state_dict(), optimizer=optimizer.state_dict())
-        torch.save(dict(flags=flags, trace=trace, **state), file.with_suffix(".part"))
-        file.with_suffix(".part").replace(file)
-    net.requires_grad_(False)
+    torch.save(net.requires_grad_(False).state_dict(), args.out / f"{name}.pt")
     return trace
 
 def tuned(world, net):

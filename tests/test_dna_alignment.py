@@ -83,28 +83,13 @@ def run(module, out, *flags, size):
 RUNS = [(ali, (3, 8, 300) * 2, "mpsa_constrained"), (mix, (3, 4, 20, 30) * 2, "mpsa_kl")]
 
 @pytest.mark.parametrize("module, size, name", RUNS, ids=["alignment", "or"])
-def test_same_seed_same_numbers_also_after_an_interruption(module, size, name, tmp_path, monkeypatch, capsys):
+def test_same_seed_same_numbers(module, size, name, tmp_path, capsys):
     whole = run(module, tmp_path, size=size)
     assert capsys.readouterr().out.startswith("COARSE") and (tmp_path / "figure.png").stat().st_size > 10_000
     arrays = np.load(tmp_path / "sequences.npz")
     assert {key.split("/")[2] for key in arrays.files} >= {"x", "log_w"}
-    saved, save, count = tmp_path / f"{name}.pt", torch.save, 0
-    saved.unlink()
-    def stop(state, file):
-        nonlocal count
-        save(state, file)
-        count += name in str(file)
-        if count == 3:
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(module, tmp_path, "--resume", size=size)
-    values = lambda rows: [r["estimate"] for r in rows]  # of float32: the order of sums may differ
-    assert values(run(module, tmp_path, "--resume", size=size)) == pytest.approx(values(whole), rel=1e-6, abs=1e-9)
+    assert run(module, tmp_path, size=size) == whole and (tmp_path / f"{name}.pt").exists()
     assert run(module, tmp_path, "--seed", "1", size=size) != whole
-    with pytest.raises(module.Refused, match="other flags"):
-        run(module, tmp_path, "--resume", "--lr", "0.1", size=size)
 
 def test_exact_multipliers_of_mpsa(tmp_path):
     rows = {(r["method"], r["quantity"]): r for r in run(ali, tmp_path, size=(2, 4, 300) * 2)}

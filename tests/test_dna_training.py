@@ -149,26 +149,6 @@ def test_the_published_kl_is_zero_where_it_should_not_be():
     assert ((letters == 0) | (letters == 1)).all() and (letters.sum(2) == 1).all()
 
 # ---- training, files, flags ------------------------------------------------------------------------------------------
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path):
-    def run(file, fail_at=9, **changes):
-        net, calls = Table(5), []
-        def update(step, trace):
-            assert len(trace) == len(calls) or changes
-            calls.append(1)
-            if len(calls) == fail_at:
-                raise InterruptedError
-            net.logits.grad = torch.randn_like(net.logits)
-            step()
-            return torch.rand(()).item()
-        args = SimpleNamespace(**dict(out=tmp_path, lr=0.1, seed=0, resume=False, device="cpu") | changes)
-        return draft.train(args, net, file, 4, update), net.logits.tolist()
-    whole = run("whole")
-    with pytest.raises(InterruptedError):
-        run("parts", fail_at=3)
-    assert run("parts", resume=True) == whole != Table(5).logits.tolist()
-    with pytest.raises(draft.Refused, match="other flags"):
-        run("parts", resume=True, lr=0.2)
-
 def test_the_tuned_model_of_an_enumerated_world_starts_at_the_exact_one():
     apart = [(ddpo.tuned(SimpleNamespace(p=1, net=BASE, denoiser=NET), Table(k))(X) - NET(X)).abs().max() for k in (2, 3)]
     assert apart[0] < 1e-12 and apart[1] > 0.1
