@@ -6,9 +6,8 @@ Run    python dna/constrained_alignment.py      both problems; 5 CPU minutes, --
        python dna/constrained_alignment.py --paper --device cuda                      longer; not run here
 Read first: lagrangian_update, align, dual_step, best_multipliers. Skip: World, the networks, report, draw.
 Problems, and your own reward or table: as in das.py. On hepg2 a higher reward goes with less G and C.
-Notation (here -> paper)
-    b, dual -> b_i, lambda   thresholds E[r_i] >= b_i; multipliers, nats per unit of reward
-    tilt -> q_rw             q exp(dual' r) / Z, the best model at these multipliers
+Notation (here -> paper): b, dual -> b_i, lambda, thresholds E[r_i] >= b_i and multipliers, nats per unit of reward;
+    tilt -> q_rw, q exp(dual' r) / Z, the best model at these multipliers
 Algorithm
     1. reweighted, without training: sequences of the base model, weighted by exp(dual' r)       best_multipliers
     2. constrained: a network, and multipliers that start at those of 1. A round descends KL - dual' r    align
@@ -363,9 +362,8 @@ def draw(args, rows, traces):
         axes[2].axhline(1, color="k", linestyle=":")
         axes[2].set_title(f"multipliers by round, over\n{'reweighted' if exact is None else 'exact'}", fontsize=9)
         axes[2].legend(fontsize=8)
-        axes[3].barh(METHODS, [float(number[problem, method, "kl"][0]) for method in METHODS], color="#999999")
+        axes[3].barh(METHODS[::-1], [float(number[problem, m, "kl"][0]) for m in METHODS[::-1]], color="#999999")
         axes[3].set_title("KL from the base\nmodel, nats", fontsize=9)
-        axes[3].invert_yaxis()
     return figure
 
 def main(args):
@@ -384,16 +382,14 @@ def main(args):
         duals["equal_weights"] = equal_weights(log_q, r, moments(log_q, r, duals["reweighted"])[3])
         for method, dual in duals.items():
             log_w, _, _, kl, _ = moments(log_q, r, dual)
-            found[problem, method] = out | dict(log_w=log_w[None])
-            rows += measure(problem, method, found[problem, method], dual, (kl, None),
-                            exact if method == "reweighted" else {})
+            tilted = found[problem, method] = out | dict(log_w=log_w[None])
+            rows += measure(problem, method, tilted, dual, (kl, None), exact if method == "reweighted" else {})
         net = copy.deepcopy(world.net)
         traces[problem] = align(args, world, net, f"{problem}_constrained", duals["reweighted"], b, rounds, batch)
         path, kl = sample_paths(world, tuned(world, net), n, args.chunk)
-        found[problem, "constrained"] = scored(world, path[-1], args.chunk)
+        out = found[problem, "constrained"] = scored(world, path[-1], args.chunk)
         dual = traces[problem][0][-(rounds // 4) - 1 :].mean(0)  # over the last quarter
-        rows += measure(problem, "constrained", found[problem, "constrained"], dual,
-                        (kl.mean(), kl.std() / n**0.5), exact)
+        rows += measure(problem, "constrained", out, dual, (kl.mean(), kl.std() / n**0.5), exact)
     save_sequences(args, found)
     report(args, rows, started, lambda: draw(args, rows, traces))
 

@@ -215,7 +215,6 @@ def search(model, groups, particles, args, published=False):
     elbo (G,): log Z of a group; and what there is to learn: states (T G P, L), letters to set there (T G P, L, 4).
     In groups of one particle the search is the paper's local one, whose weights count in the ELBO alone."""
     steps, children, kl_weight = model.steps, args.children, args.kl_weight or model.kl_weight
-    lines, slots, trail = torch.arange(groups)[:, None], torch.arange(particles).expand(groups, -1), []
     drawn = published or particles > 1  # else the letters to learn are averaged
     def step(state, i):
         x, log_p, left = state["x"], state["log_p"], steps - i
@@ -229,12 +228,13 @@ def search(model, groups, particles, args, published=False):
             twist = torch.cat([model.reward(part) for part in x0_hat]).view_as(log_v).double() / kl_weight
         log_v = log_v + twist
         share = log_v.softmax(0)
-        kept = (share.flatten(1).T.multinomial(1).view_as(slots), lines, slots)
+        chosen = share.flatten(1).T.multinomial(1).view(groups, particles)
+        kept = (chosen, torch.arange(groups)[:, None], torch.arange(particles))
         letters = F.one_hot(child.clamp(max=3), 4) * new[..., None]
         soft = torch.where((x == MASK)[..., None], log_q.exp() / left, 0)  # the mean of `letters`
         soft = soft + ((share - 1 / children)[..., None, None] * letters).sum(0)
-        trail.append((x.byte(), (letters[kept] if drawn else soft).float(), state["slot"]))
-        due, state = new[kept].any(2), state | dict(slot=slots)
+        state["states"][:, :, i], state["letters"][:, :, i] = x, letters[kept] if drawn else soft
+        due = new[kept].any(2)
         for name, known in look(model, child[kept][due], kl_weight, args.chunk, True).items() if due.any() else ():
             state[name] = state[name].index_put((due,), known)
         log_ratio = log_v.logsumexp(0) - math.log(children) - twist[kept]  # of one child: log p - log q
@@ -243,14 +243,12 @@ def search(model, groups, particles, args, published=False):
     if particles == children == 1 and not start["grad"].any():
         raise Refused("--reward: this one has no gradient, and a local search needs several --children")
     start = {name: v.expand(groups, particles, *v.shape[1:]) for name, v in start.items()}  # all alike
-    state, log_w = smc(step, start | dict(log_twist=start["value"], slot=slots), steps)
-    x, letters, ancestors = map(torch.stack, zip(*trail))
-    weights = [particles * log_w.softmax(1)]  # of a step: those of its surviving descendants; of a local search 1
-    for slot in reversed(ancestors[1:]):
-        weights.insert(0, torch.zeros_like(log_w).scatter_add(1, slot, weights[0]))
-    letters = torch.stack(weights)[..., None, None].float() * letters
+    history = (groups, particles, steps, model.length)  # of each path, which resampling copies with it
+    start |= dict(states=torch.zeros(history, dtype=torch.uint8), letters=torch.zeros(*history, 4))
+    state, log_w = smc(step, start | dict(log_twist=start["value"]), steps)
+    letters = (particles * log_w.softmax(1)).float()[..., None, None, None] * state["letters"]
     found = scores(model, state["x"], args) | dict(log_w=log_w, elbo=log_w.logsumexp(1) - math.log(particles))
-    return found, (x.flatten(0, 2), letters.flatten(0, 2))
+    return found, tuple(v.movedim(2, 0).flatten(0, 2) for v in (state["states"], letters))
 
 def dav_update(world, net, args, step, kl=False, local=False, published=False):
     """A round: search, then the M-step, Adam on states of its paths -> sequences (n, 1, L) of the new model, the KL of

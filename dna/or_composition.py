@@ -177,7 +177,7 @@ def step_kl(world, log_p, log_q, x, t):
 
 def cover(args, world, denoiser, data, dual, entropy, move, batch, step):
     """A round: args.every descents of sum_i dual_i KL_i on batches, then, if they may move, a step of the multipliers.
-    data: x (m, T + 1, n, L), log_p (m, T, n, L, 4) of paths of all q_i -> multipliers, slacks, two lists."""
+    data: x (m, T + 1, n, L), log_p (m, T, n, L, 4) of paths of all q_i -> multipliers, slacks (m,)."""
     (x, log_q), m, slack = data, len(data[0]), torch.zeros(len(data[0]))
     for _ in range(args.every):
         k, t, n = (torch.arange(batch * m) % m, torch.randint(world.steps, (batch * m,)),
@@ -188,7 +188,7 @@ def cover(args, world, denoiser, data, dual, entropy, move, batch, step):
         slack = slack + kl.detach().view(-1, m).mean(0) / args.every
     slack = slack.double().cpu() + entropy
     dual = dual_step(dual, slack, curvature(dual), simplex=True) if move else dual
-    return dual.tolist(), slack.tolist()
+    return dual, slack
 
 def train(args, net, name, rounds, update):
     """`rounds` times update(step, trace), which back-propagates and calls step() -> trace: what they return.
@@ -295,7 +295,7 @@ def draw(args, rows, paths):
         axes[0].set_xticks([k + 0.3 for k in range(len(names))], names)
         axes[0].set_title(f"{problem}: KL of each model's paths, nats; dotted: the mixture", fontsize=9)
         for method in args.objective:
-            axes[1].plot(torch.tensor(paths[problem, method])[:, 0], color=METHODS[method], label=method)
+            axes[1].plot(torch.stack(paths[problem, method])[:, 0], color=METHODS[method], label=method)
             axes[1].axhline(float(number[problem, method, f"weight_{names[0]}"][2]), color=METHODS[method], ls=":")
         axes[1].set(ylim=(0, 1))
         axes[1].set_title(f"weight of {names[0]} by round; dotted: the mixture's", fontsize=9)
@@ -331,13 +331,13 @@ def main(args):
             net, dual, best = copy.deepcopy(world.net), equal, known.get(method, known["equal_weights"])
             if method != "base":
                 def update(step, trace):
-                    dual = torch.tensor(trace[-1][0], dtype=torch.float64, device="cpu") if trace else equal
+                    dual = trace[-1][0] if trace else equal
                     # a network that has just begun is further from some models than from others for no other reason
                     move = method != "equal_weights" and len(trace) + 1 > rounds / 6
                     more = entropy if method == "elbo" else 0
                     return cover(args, world, tuned(world, net), data, dual, more, move, batch, step)
                 paths[name, method] = [v for v, _ in train(args, net, f"{name}_{method}", rounds, update)]
-                dual = torch.tensor(paths[name, method][-1 - rounds // 4 :]).double().cpu().mean(0)
+                dual = torch.stack(paths[name, method][-1 - rounds // 4 :]).mean(0)
             new, found[name, method] = measure(args, world, names, method, tuned(world, net), fresh, dual, best)
             rows += new
     save_sequences(args, found)

@@ -115,9 +115,8 @@ def test_a_path_shows_its_letters_once_and_with_its_weight(shape):
     """All steps together: the letters of the last sequences, each as often as its weight says."""
     world, args = small(children=2)
     out, (states, goals) = dav.search(world, *shape, args, True)
-    total = goals.view(5, *shape, LENGTH, 4).sum((0, 2))
-    w = out["log_w"].softmax(1)[..., None, None]
-    assert (total - shape[1] * (w * F.one_hot(out["x"], 4)).sum(1)).abs().max() < 1e-4
+    total, w = goals.view(5, *shape, LENGTH, 4).sum(0), out["log_w"].softmax(1)[..., None, None]
+    assert (total - shape[1] * w * F.one_hot(out["x"], 4)).abs().max() < 1e-4
     assert ((states == MASK) | (goals.sum(2) == 0)).all() and out["log_w"].std() > 0.01
 
 def rounds(count, shape, steps=5, lr=0.1, **options):
