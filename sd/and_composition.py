@@ -1,8 +1,7 @@
-"""Compose Stable Diffusion models by AND: the product of adapters, or of prompts, whose worst KL from them is least.
+"""Compose adapters of Stable Diffusion by AND: the product of models whose worst KL from them is least.
 Paper: Khalafi, Hounie, Ding and Ribeiro, "Composition and Alignment of Diffusion Models using Constrained Learning",
-NeurIPS 2025, arXiv 2508.19104. figure.png: its Fig. 5 and 6 (problem adapters) and its Table 1 (pairs, triplets).
-Run    python sd/and_composition.py                      miniature model; 9 CPU minutes under load, --quick: 58 s
-       python sd/and_composition.py --problem concepts --concepts cat+fire dog+sun+tree                  your concepts
+NeurIPS 2025, arXiv 2508.19104. figure.png: its Fig. 5 and 6. Its Table 1, products of prompts, is and_concepts.py's.
+Run    python sd/and_composition.py                      miniature model; 5 CPU minutes, --quick: 30 s
        python sd/and_composition.py --device cuda --paper --model stable-diffusion-v1-5/stable-diffusion-v1-5 --chunk 8
            --reward aesthetic clip --clip openai/clip-vit-large-patch14 --lora FOLDER FOLDER     24 GB, not run here
 Read first: compose, run, dual_step. Skip: checked, make_rewards, Diffusion, save_samples, draw, report.
@@ -12,15 +11,13 @@ Notation (here -> paper); G groups of P interacting particles for each of K prom
 Algorithm: 1. compose: draw by the summed score sum_i dual_i eps_i, the surrogate of the product; its KLs from the
        models are sums over steps: of paths by Lemma 1 (kl), of samples by Lemma 2 (slack of algorithm_3)
     2. dual_step: raise the multipliers of models that are far; back to 1. Half of the rounds are averaged   `run`
-    equal_weights has no rounds, algorithm_3 is the paper's but for the step, official has the KLs of the released code.
+    equal_weights has no rounds, algorithm_3 is the paper's but for the step.
 Ours: smc carries the normaliser C_t of the product of the kernels as weight, so that samples, KLs and D_AND are those
-    of the product of the paths. Of prompts it has no row: equal weights are 1,570 nats from one of a pair.
+    of the product of the paths.
 Of two models KL_i is (1 - dual_i)^2 times one number: algorithm_3 is equal_weights for every pair.
 What you should see (seed 0, three training seeds): equal weights leave 19, 26, 18 percent of what each adapter gains
     alone, at KLs of 56, 34, 30 nats; algorithm_3 lowers the worst KL by 11.0 +- 1.1, and with it the least percentage,
-    by 4.6 +- 7.5: a KL is no reward. smc: KLs 45, 36, 32, but 33, 24, -5 percent. Score of the concept drawn worst:
-    official is .008 +- .025 above equal weights in pairs, algorithm_3 .015 +- .023 below in triplets: Table 1's gain is
-    not seen. To try: --guidance 1 --problem concepts.
+    by 4.6 +- 7.5: a KL is no reward. smc: KLs 45, 36, 32, but 33, 24, -5 percent. To try: --guidance 1.
 """
 import argparse, csv, glob, io, json, math, os, pathlib, runpy, sys, time
 import torch
@@ -31,32 +28,22 @@ from matplotlib.figure import Figure
 from peft import get_peft_model_state_dict
 from scipy.optimize import minimize
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 MINI = pathlib.Path(__file__).resolve().parent / "mini"
 PROMPTS = ["a photo of a cat", "a photo of a horse", "a photo of a monkey", "a photo of a fish"]
-METHODS = ["joint", "equal_weights", "algorithm_3", "official", "smc"]
+METHODS = ["equal_weights", "algorithm_3", "smc"]
 ADAPTERS = [str(MINI.parent / "adapters" / f"{name}*") for name in ("muted", "contrast", "clip")]
-CONCEPTS = """cat+fire horse+sun monkey+banana+guitar fish+moon fox+tree cat+rose+sun panda+ball rabbit+carrot
-owl+tree+star lion+crown duck+cake fish+moon+crown dog+book whale+star fox+fire+key butterfly+tulip bear+apple
-duck+ball+cake""".split()
 
 def parse_args(argv=None):
-    parser = common_flags(__doc__, size=(3, 4, 2, 5, 3, 18), quick=(1, 2, 1, 1, 1, 3), paper=(4, 32, 8, 10, 9, 99))
-    add = parser.add_argument
+    parser = common_flags(__doc__, size=(3, 4, 2, 5, 3), quick=(1, 2, 1, 1, 1), paper=(4, 32, 8, 10, 9))
     parser.set_defaults(reward=["saturation=-1", "contrast", "clip"])
-    add("--problem", nargs="+", choices=["adapters", "concepts"], default=["adapters", "concepts"])
-    add("--lora", nargs="+", default=ADAPTERS, help="the adapter of every --reward, in its order: folder, file or hub "
-        "id; a quoted 'pattern*' stands for one a training seed")
-    add("--concepts", nargs="+", default=CONCEPTS, metavar="CAT+FIRE", help="what is to be in one image")
-    add("--clip-eval", default=str(MINI / "clip_eval"), help="CLIP model that only judges")
+    parser.add_argument("--lora", nargs="+", default=ADAPTERS, help="the adapter of every --reward, in its order: "
+                        "folder, file or hub id; a quoted 'pattern*' stands for one a training seed")
     args = parser.parse_args(argv)
     if len(args.lora) != len(args.reward):
         parser.error(f"--lora: there are {len(args.lora)} adapters for {len(args.reward)} rewards")
-    if not all(len(parts) > 1 and all(parts) for parts in (text.split("+") for text in args.concepts)):
-        parser.error("--concepts: each is two or more joined by +")
     return checked(parser, args)
 
 def common_flags(doc, size, quick, paper):
@@ -89,8 +76,7 @@ def checked(parser, args):
     if args.prompts[0].endswith(".txt"):
         text = loaded("--prompts", pathlib.Path(args.prompts[0]).read_text, "utf-8-sig")
         args.prompts = [*filter(None, map(str.strip, text.splitlines()))]
-    parts = (word.partition("=") for word in args.reward)
-    args.weights = {name: loaded("--reward", float, weight or 1) for name, _, weight in parts}
+    args.weights = {name: loaded("--reward", float, w or 1) for name, _, w in (v.partition("=") for v in args.reward)}
     loaded("--out", lambda: (args.out.mkdir(parents=True, exist_ok=True), (args.out / ".writable").touch()))
     if not 0 < len({*args.prompts}) == len(args.prompts) or len(args.weights) < len(args.reward):
         parser.error("--prompts and --reward: there are none, or one stands there twice")
@@ -194,9 +180,10 @@ def adapted(model, scales, x, i, number, chunk):
     return torch.cat([model.eps(part, i, k) for part, k in parts]).view_as(x)
 
 @torch.no_grad()
-def compose(args, model, models, dual, shape, seed, method="", official=None):
+def compose(args, model, models, dual, shape, seed, weighted=False, gaps=None):
     """Samples of prod_i q_i^dual_i by the summed score, or weighted (smc). models: m pairs of scales and prompt numbers
     (K,); dual (m,); shape (G, P) -> x, log_w (K, G, P) and, means over all: log_z; kl, slack (m,); gram (m, m).
+    gaps(share, x, i, eps): what slack takes for the distance of each model's noise, eps (m, ...), from the summed.
     prod_i N(mean_i, sigma^2)^dual_i = C_t N(mean, sigma^2): draws are from N, C_t(x_t) is the weight of the step."""
     share, prompts, m, noise = dual.to(torch.ones(())), len(models[0][1]), len(dual), []
     numbers = [number.repeat_interleave(shape[0] * shape[1]) for _, number in models]
@@ -206,21 +193,18 @@ def compose(args, model, models, dual, shape, seed, method="", official=None):
     noise, size = torch.cat(noise, 1), (prompts * shape[0], shape[1])
     def step(state, i):
         x, a, b = state["x"], model.abar[i], model.abar[i + 1]
-        if any(scales for scales, _ in models):
-            eps = torch.stack([adapted(model, scales, x, i, k, args.chunk) for (scales, _), k in zip(models, numbers)])
-        else:  # of prompts alone: one call for all
-            eps = adapted(model, {}, x.repeat(m, 1, 1, 1, 1), i, torch.cat(numbers), args.chunk).unflatten(0, (m, -1))
+        eps = torch.stack([adapted(model, scales, x, i, k, args.chunk) for (scales, _), k in zip(models, numbers)])
         means, sigma = kernel(x, eps, a, b)  # (m, K G, P, C, h, w)
         mean, z = torch.einsum("m,m...->...", share, means), noise[i + 1].to(x)
         apart = (means - mean).flatten(3) / sigma
         gram = torch.einsum("mgpd,ngpd->gpmn", apart, apart)
         kl = gram.diagonal(dim1=2, dim2=3) / 2  # Lemma 1
         log_q = torch.einsum("mgpd,gpd->gpm", apart, z.flatten(2)) - kl  # above log N(x; mean, sigma^2)
-        gaps = official(share, x, i, eps) if method == "official" else eps - torch.einsum("m,m...->...", share, eps)
+        gap = gaps(share, x, i, eps) if gaps else eps - torch.einsum("m,m...->...", share, eps)
         growth = math.log(b / (1 - b) / a * (1 - a))  # Lemma 2: an integral over the log SNR
-        slack = gaps.flatten(3).square().sum(3).movedim(0, -1) / 2 * growth
+        slack = gap.flatten(3).square().sum(3).movedim(0, -1) / 2 * growth
         new = {name: state[name] + v for name, v in dict(kl=kl, slack=slack, log_q=log_q, gram=gram).items()}
-        return dict(state, x=mean + sigma * z, **new), -(kl @ share) * (method == "smc")
+        return dict(state, x=mean + sigma * z, **new), -(kl @ share) * weighted
     start = {name: torch.zeros(*size, m) for name in ("kl", "slack", "log_q")}
     start |= dict(gram=torch.zeros(*size, m, m), log_twist=torch.zeros(size), x=noise[0])
     state, log_w = smc(step, start, len(model.times))
@@ -228,17 +212,17 @@ def compose(args, model, models, dual, shape, seed, method="", official=None):
     w = log_w.flatten(1).softmax(1).view(size) / prompts
     out = {name: torch.einsum("gp,gp...->...", w, value).double().cpu() for name, value in state.items()}
     log_z = log_w.double().flatten(1).logsumexp(1).mean().item() - math.log(shape[0] * shape[1])
-    if method == "smc":  # the mean of log p - log q_i over paths of the product p
+    if weighted:  # the mean of log p - log q_i over paths of the product p
         out["kl"] = out["slack"] = dual @ out["log_q"] - out["log_q"] - log_z
     return dict(out, x=x, log_w=log_w, log_z=log_z)
 
-def run(method, args, model, models, official, shape):
-    """One of METHODS -> what compose returns at its multipliers, and these, dual (m,). The last noise is the same."""
+def run(method, args, model, models, shape, gaps=None):
+    """A method by its name -> what compose returns at its multipliers, and these, dual (m,). All end on one noise."""
     path, (paths, rounds) = [torch.full((len(models),), 1 / len(models)).double().cpu()], args.size[2:4]
     for left in reversed(range(1 if method == "equal_weights" else 1 + rounds)):
         dual = path[-1] if left else torch.stack(path[len(path) // 2 :]).mean(0)
-        few = (1, 2 * paths if method == "smc" else paths)
-        out = compose(args, model, models, dual, few if left else shape, args.seed + 1000 * left, method, official)
+        few, weighted = (1, 2 * paths if method == "smc" else paths), method == "smc"
+        out = compose(args, model, models, dual, few if left else shape, args.seed + 1000 * left, weighted, gaps)
         path.append(dual_step(dual, out["slack"], out["gram"], simplex=True))
     return dict(out, dual=dual)
 
@@ -252,54 +236,36 @@ def dual_step(dual, slack, curvature, simplex):
                      constraints=[dict(type="eq", fun=lambda v: v.sum() - 1)] * simplex)
     return (dual + torch.from_numpy(found.x).clamp(min=0)) / 2
 
-# ---- the two problems ------------------------------------------------------------------------------------------------
-def compare(args, model, words, found, methods, models, official, judges, shape):
-    """Methods on m models, called words, beside samples found -> {(method, quantity): value}, {method: samples}.
-    judges {name: m rewards}: how much there is of each model; the least counts, and its change from equal weights."""
-    rows, found = {}, found | {method: run(method, args, model, models, official, shape) for method in methods}
+# ---- the comparison --------------------------------------------------------------------------------------------------
+def compose_adapters(args, model, rewards, names):
+    """The base model, adapters alone, names {word: name of model.unet's}, one a reward, and their products by METHODS
+    -> {(method, quantity): value}, {method: samples}; percent: of the gain of a reward's own adapter."""
+    number, rows, values = torch.arange(len(args.prompts)), {}, {}
+    single = dict(base={}, **{word: {name: 1.0} for word, name in names.items()})
+    found = {method: compose(args, model, [(scales, number)], torch.ones(1), args.size[:2], args.seed)
+             for method, scales in single.items()}
+    models = [({name: 1.0}, number) for name in names.values()]
+    found |= {method: run(method, args, model, models, args.size[:2]) for method in METHODS}
     for method, out in found.items():
-        names = ("dual", "kl", "slack")[: 2 if method == "smc" else 3]
-        values = {name: out[name] for name in names if method in methods}
-        for name, rewards in judges.items():
-            each = judge(args, model, rewards, out["x"]).flatten(2)
-            values[name] = (each * out["log_w"].flatten(1).softmax(1)).sum(2).mean(1)
-            out["gain"], rows[method, f"least_{name}"] = each.amin(0).view_as(out["log_w"]), values[name].min().item()
-        rows |= {(method, f"{name}_{word}"): v.item() for name, line in values.items() for word, v in zip(words, line)}
+        out["gain"], w = judge(args, model, rewards, out["x"]), out["log_w"].flatten(1).softmax(1)
+        values[method] = (out["gain"].flatten(2) * w).sum(2).mean(1)
+    base = values["base"]
+    alone = torch.stack([values[word][j] for j, word in enumerate(names)]) - base
+    for method, out in found.items():
+        lines = dict(percent=100 * (values[method] - base) / alone)
+        lines |= {key: out[key] for key in ("dual", "kl", "slack") if method in METHODS}
+        rows |= {(method, f"{key}_{word}"): v.item() for key, line in lines.items() for word, v in zip(names, line)}
+        rows |= {(method, f"value_{name}"): v.item() for name, v in zip(args.weights, values[method])}
+        rows[method, "least_percent"] = lines["percent"].min().item()
+        out["gain"] = 100 * ((out["gain"].movedim(0, -1) - base) / alone).amin(-1)  # of an image: the least percent
         if method == "smc":  # no sampler has a worst KL below the dual value
             size = 1 / out["log_w"].softmax(2).square().sum(2)
             rows |= {(method, "dual_value"): -out["log_z"], (method, "effective_size"): size.mean().item()}
-        if method in methods:
+        if method in METHODS:
             rows[method, "worst_kl"] = out["kl"].max().item()
-            rows |= {(method, f"{name}_change"): rows[method, name] - rows["equal_weights", name]
-                     for name in ("worst_kl", *(f"least_{name}" for name in judges)) if method != "equal_weights"}
+            rows |= {(method, f"{key}_change"): rows[method, key] - rows["equal_weights", key]
+                     for key in ("worst_kl", "least_percent") if method != "equal_weights"}
     return rows, found
-
-def compose_adapters(args, model, rewards, names):
-    """Adapters, names {word: name of model.unet's}, one a reward, as in Fig. 5 and 6 -> as compare, with the base model
-    and each alone; percent is of the gain of a reward's own adapter over the base model."""
-    number, words, found, means = torch.arange(len(args.prompts)), [*names], {}, {}
-    for method, scales in dict(base={}, **{word: {name: 1.0} for word, name in names.items()}).items():
-        found[method] = compose(args, model, [(scales, number)], torch.ones(1), args.size[:2], args.seed)
-        means[method] = judge(args, model, rewards, found[method]["x"]).mean((1, 2, 3)).tolist()  # in their own units
-    percent = [lambda images, k, j=j, reward=reward: (reward(images, k) - means["base"][j]) * 100 /
-               (means[words[j]][j] - means["base"][j]) for j, reward in enumerate(rewards)]
-    models = [({name: 1.0}, number) for name in names.values()]
-    rows = {(method, f"value_{word}"): v for method, line in means.items() for word, v in zip(args.weights, line)}
-    more, found = compare(args, model, words, found, ["equal_weights", "algorithm_3", "smc"], models, None,
-                          dict(percent=percent), args.size[:2])
-    return rows | more, found
-
-def compose_concepts(args, model, clips, parts, numbers, joint, blank):
-    """Concepts in one image, as in Table 1: the numbers of their prompts, of one that joins them, and of an empty one
-    -> as compare. official: the released code compares forecasts without guidance to a product with ten times of it."""
-    def official(share, x, i, eps):
-        shift = (eps - adapted(model, {}, x, i, blank, args.chunk)) / args.guidance
-        return shift - 10 * args.guidance * torch.einsum("m,m...->...", share, shift)
-    judges = {name: [lambda images, _, embed=embed, text=texts[k]: embed(images) @ text for k in numbers]
-              for name, (embed, texts) in clips.items()}
-    models, shape = [({}, torch.tensor([k])) for k in numbers], (args.size[0], 1)
-    found = dict(joint=compose(args, model, [({}, torch.tensor([joint]))], torch.ones(1), shape, args.seed))
-    return compare(args, model, parts, found, METHODS[1:4], models, official, judges, shape)
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 class Refused(ValueError):
@@ -418,63 +384,43 @@ def reward_words(args):
 def average(problem, found):
     """Dicts {(method, quantity): value} -> rows: mean and standard error over the dicts, of what all of them have."""
     table = {key: torch.tensor([rows.get(key, math.nan) for rows in found], dtype=torch.float64) for key in found[0]}
-    return [(problem, *key, v.mean(), v.std() / len(v) ** 0.5, None) for key, v in table.items() if not v.isnan().any()]
+    return [(problem, *key, v.mean(), v.std(correction=0) / (len(v) - 1) ** 0.5, None)
+            for key, v in table.items() if not v.isnan().any()]
 
 def draw(args, rows, sheets):
-    """Images of both problems; percent of each gain; KLs from the adapters; CLIP score of the concept drawn worst."""
-    figure = Figure(figsize=(9, 0.6 * len(sheets) + 2.6), layout="constrained")
-    axes = figure.subplot_mosaic([[n] * 3 for n in sheets] + [["percent", "kl", "least_clip"]],
+    """Lines of images; what is left of each adapter's gain and its KL, by method, with two standard errors."""
+    figure = Figure(figsize=(9, 0.6 * len(sheets) + 2.2), layout="constrained")
+    axes = figure.subplot_mosaic([[name] * 2 for name in sheets] + [["percent", "kl"]],
                                  height_ratios=[0.6] * len(sheets) + [2])
     for name, images in sheets.items():
         draw_images(axes[name], images, name)
-        axes[name].set_title(",  ".join(args.concepts[:4]) if name == "joint*" else "", fontsize=9)
-    values, of = {r[:3]: r[3:5] for r in rows}, [("adapters", word, f"_{word}") for word in reward_words(args)]
-    for quantity, parts in dict(percent=of, kl=of, least_clip=[(p, p, "") for p in ("pairs", "triplets")]).items():
-        first = (quantity == "least_clip") * len(of)
-        for k, (problem, label, suffix) in enumerate(parts, first):
-            for j, method in enumerate(METHODS):
-                middle, se = values.get((problem, method, quantity + suffix), (math.nan, torch.tensor(math.nan)))
-                axes[quantity].errorbar(middle, j + 0.2 * (k - first), xerr=None if se.isnan() else 2 * se,
-                                        fmt="os^Dv"[k % 5], color=f"C{k}", label=label * (quantity != "kl" and not j))
-        axes[quantity].set(yticks=range(5), yticklabels=METHODS, ylim=(4.7, -0.3))
-        axes[quantity].set_title(quantity.replace("_", " "), fontsize=9)
-    figure.legend(fontsize=8, ncols=5, loc="outside lower center")
+    values = {r[1:3]: [math.nan if v is None else float(v) for v in r[3:5]] for r in rows}
+    for quantity, title in dict(percent="percent of its gain alone", kl="KL from each adapter, nats").items():
+        for k, word in enumerate(reward_words(args)):
+            middle, se = zip(*(values[method, f"{quantity}_{word}"] for method in METHODS))
+            axes[quantity].errorbar(middle, [j + 0.2 * k for j in range(len(METHODS))], xerr=[2 * v for v in se],
+                                    fmt="os^Dv"[k % 5], color=f"C{k}", label=word)
+        axes[quantity].set(yticks=range(len(METHODS)), yticklabels=METHODS, ylim=(2.7, -0.3))
+        axes[quantity].set_title(title, fontsize=9)
+    figure.legend(*axes["kl"].get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower center")
     return figure
 
 def main(args):
-    started, rows, sheets, sets, found, (*_, trainings, limit) = time.time(), [], {}, {}, [], args.size
+    started, found, sheets, trainings = time.time(), [], {}, args.size[4]
     torch.set_default_device(args.device)
-    concepts = {text: text.split("+") for text in args.concepts[:limit] * ("concepts" in args.problem)}
-    words = [*dict.fromkeys(word for parts in concepts.values() for word in parts)]
-    prompts = [*args.prompts, *(f"a photo of a {word}" for word in words), ""]
-    prompts += ["a photo of a " + " and a ".join(parts) for parts in concepts.values()]
-    model = Diffusion(argparse.Namespace(**vars(args) | dict(prompts=prompts)), args.device)
-    print("COARSE: numbers mean nothing" if trainings < 3 else "adapters: se over training seeds; else over pairs or "
-          "triplets; kl: nats of paths, slack: what the method takes for it; change: from equal_weights")
-    if "adapters" in args.problem:
-        rewards, folders = make_rewards(args, args.device), [sorted(glob.glob(p)) or [p] for p in args.lora]
-        for k, several in enumerate(list(zip(*folders))[:trainings]):
-            names = {word: f"{word}_{k}" for word in reward_words(args)}
-            for folder, name in zip(several, names.values()):
-                load_adapter(model, folder, name)
-            values, samples = compose_adapters(args, model, rewards, names)
-            found.append(values)
-            sheets = sheets or save_samples(args, model, {m: {key: out[key] for key in ("x", "gain", "log_w")}
-                                                          for m, out in samples.items()})
-        rows += average("adapters", found)
-    if concepts:
-        clips = {name: load_clip(folder, prompts, args.device)
-                 for name, folder in dict(clip=args.clip, clip_eval=args.clip_eval).items()}
-        found = dict(pairs=[], triplets=[])
-        for text, parts in tqdm(concepts.items(), desc="concepts"):
-            numbers = [prompts.index(f"a photo of a {word}", len(args.prompts)) for word in parts]
-            joint = prompts.index("a photo of a " + " and a ".join(parts))
-            values, sets[text] = compose_concepts(args, model, clips, parts, numbers, joint, prompts.index(""))
-            found["pairs" if len(parts) == 2 else "triplets"].append(values)
-        rows += [row for name, several in found.items() if several for row in average(name, several)]
-        torch.save({text: {m: f["x"] for m, f in of.items()} for text, of in sets.items()}, args.out / "concepts.pt")
-        sheets |= {f"{method}*": torch.stack([model.decode(found[method]["x"][0, :4, 0]) for found in
-                                              list(sets.values())[:4]]) for method in METHODS[:4]}
+    model, rewards = Diffusion(args, args.device), make_rewards(args, args.device)
+    print("COARSE: numbers mean nothing" if trainings < 3 else "se: over training seeds; percent: of the gain of a "
+          "reward's own adapter; kl: nats of paths, slack: what the method takes for it; change: from equal_weights")
+    folders = [sorted(glob.glob(pattern)) or [pattern] for pattern in args.lora]
+    for k, several in enumerate(list(zip(*folders))[:trainings]):
+        names = {word: f"{word}_{k}" for word in reward_words(args)}
+        for folder, name in zip(several, names.values()):
+            load_adapter(model, folder, name)
+        values, samples = compose_adapters(args, model, rewards, names)
+        found.append(values)
+        sheets = sheets or save_samples(args, model, {method: {key: out[key] for key in ("x", "gain", "log_w")}
+                                                      for method, out in samples.items()})
+    rows = average("adapters", found)
     report(args, rows, started, lambda: draw(args, rows, sheets))
 
 if __name__ == "__main__":

@@ -86,8 +86,7 @@ def checked(parser, args):
     if args.prompts[0].endswith(".txt"):
         text = loaded("--prompts", pathlib.Path(args.prompts[0]).read_text, "utf-8-sig")
         args.prompts = [*filter(None, map(str.strip, text.splitlines()))]
-    parts = (word.partition("=") for word in args.reward)
-    args.weights = {name: loaded("--reward", float, weight or 1) for name, _, weight in parts}
+    args.weights = {name: loaded("--reward", float, w or 1) for name, _, w in (v.partition("=") for v in args.reward)}
     loaded("--out", lambda: (args.out.mkdir(parents=True, exist_ok=True), (args.out / ".writable").touch()))
     if not 0 < len({*args.prompts}) == len(args.prompts) or len(args.weights) < len(args.reward):
         parser.error("--prompts and --reward: there are none, or one stands there twice")
@@ -139,9 +138,9 @@ def load_clip(folder, prompts, device):
         return net(input_ids=words[:1], pixel_values=(images - mean) / std).image_embeds
     return embed, net(input_ids=words, pixel_values=torch.zeros(1, 3, *size, device=device)).text_embeds
 
-def make_gains(args, accelerator, model, x):
-    """gains(latents (n, C, h, w), number () or (n,)) -> (n, m): every reward of their images times its weight, above
-    its mean over the base model's images of the prompt, in their standard deviations; x (K, n, C, h, w): those."""
+def make_gain(args, accelerator, model, x, each=False):
+    """gain(latents (n, C, h, w), number () or (n,)) -> (n,), or of each reward (n, m): weighted rewards of their images
+    above the mean of the base model's of the prompt, in their standard deviations; x (K, n, C, h, w): such images."""
     rewards, weights = make_rewards(args, accelerator.device), torch.tensor([*args.weights.values()])
     def values(x, number):
         parts = zip(x.split(args.chunk), torch.as_tensor(number).expand(len(x)).split(args.chunk))
@@ -149,10 +148,11 @@ def make_gains(args, accelerator, model, x):
         return torch.cat([torch.stack([reward(*part) for reward in rewards], 1) for part in decoded])
     with torch.no_grad():
         base = [accelerator.gather(values(v, k)) for k, v in enumerate(x)]
-    level, spread = (torch.stack([f(v, 0) for v in base]) for f in (torch.mean, torch.std))  # (K, m)
+    level, spread = (torch.stack([f(v, 0) for v in base]) for f in (torch.mean, torch.std))
     if not (spread > 0).all():
         raise Refused("--reward: the base model's images of a prompt all have the same one, or one is not finite")
-    return lambda x, number: (values(x, number) - level[number]) / spread[number] * weights
+    gains = lambda x, number: (values(x, number) - level[number]) / spread[number] * weights
+    return gains if each else lambda x, number: gains(x, number).sum(1)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 def kernel(x, eps, a, b):
@@ -396,7 +396,7 @@ def main(args):
                       "base model's, above its images of the same noise; se: over images; kl: of paths, nats")
     torch.set_default_device(accelerator.device)
     base = sample_prompts(args, accelerator, model, images)
-    gains = make_gains(args, accelerator, model, base[0])
+    gains = make_gain(args, accelerator, model, base[0], each=True)
     found = dict(base=as_groups(accelerator, gains, *base))
     first, *others = args.threshold
     for problem, threshold in [(p, first) for p in args.problem] + [(p, b) for p in args.problem[:1] for b in others]:

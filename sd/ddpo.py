@@ -77,8 +77,7 @@ def checked(parser, args):
     if args.prompts[0].endswith(".txt"):
         text = loaded("--prompts", pathlib.Path(args.prompts[0]).read_text, "utf-8-sig")
         args.prompts = [*filter(None, map(str.strip, text.splitlines()))]
-    parts = (word.partition("=") for word in args.reward)
-    args.weights = {name: loaded("--reward", float, weight or 1) for name, _, weight in parts}
+    args.weights = {name: loaded("--reward", float, w or 1) for name, _, w in (v.partition("=") for v in args.reward)}
     loaded("--out", lambda: (args.out.mkdir(parents=True, exist_ok=True), (args.out / ".writable").touch()))
     if not 0 < len({*args.prompts}) == len(args.prompts) or len(args.weights) < len(args.reward):
         parser.error("--prompts and --reward: there are none, or one stands there twice")
@@ -130,9 +129,9 @@ def load_clip(folder, prompts, device):
         return net(input_ids=words[:1], pixel_values=(images - mean) / std).image_embeds
     return embed, net(input_ids=words, pixel_values=torch.zeros(1, 3, *size, device=device)).text_embeds
 
-def make_gain(args, accelerator, model, x):
-    """gain(latents (n, C, h, w), number () or (n,)) -> (n,): the weighted sum of their images' rewards, each above its
-    mean over the base model's images of the prompt, in their standard deviations; x (K, n, C, h, w): such images."""
+def make_gain(args, accelerator, model, x, each=False):
+    """gain(latents (n, C, h, w), number () or (n,)) -> (n,), or of each reward (n, m): weighted rewards of their images
+    above the mean of the base model's of the prompt, in their standard deviations; x (K, n, C, h, w): such images."""
     rewards, weights = make_rewards(args, accelerator.device), torch.tensor([*args.weights.values()])
     def values(x, number):
         parts = zip(x.split(args.chunk), torch.as_tensor(number).expand(len(x)).split(args.chunk))
@@ -143,7 +142,8 @@ def make_gain(args, accelerator, model, x):
     level, spread = (torch.stack([f(v, 0) for v in base]) for f in (torch.mean, torch.std))
     if not (spread > 0).all():
         raise Refused("--reward: the base model's images of a prompt all have the same one, or one is not finite")
-    return lambda x, number: ((values(x, number) - level[number]) / spread[number] * weights).sum(1)
+    gains = lambda x, number: (values(x, number) - level[number]) / spread[number] * weights
+    return gains if each else lambda x, number: gains(x, number).sum(1)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 def kernel(x, eps, a, b):

@@ -82,8 +82,7 @@ def checked(parser, args):
     if args.prompts[0].endswith(".txt"):
         text = loaded("--prompts", pathlib.Path(args.prompts[0]).read_text, "utf-8-sig")
         args.prompts = [*filter(None, map(str.strip, text.splitlines()))]
-    parts = (word.partition("=") for word in args.reward)
-    args.weights = {name: loaded("--reward", float, weight or 1) for name, _, weight in parts}
+    args.weights = {name: loaded("--reward", float, w or 1) for name, _, w in (v.partition("=") for v in args.reward)}
     loaded("--out", lambda: (args.out.mkdir(parents=True, exist_ok=True), (args.out / ".writable").touch()))
     if not 0 < len({*args.prompts}) == len(args.prompts) or len(args.weights) < len(args.reward):
         parser.error("--prompts and --reward: there are none, or one stands there twice")
@@ -135,9 +134,9 @@ def load_clip(folder, prompts, device):
         return net(input_ids=words[:1], pixel_values=(images - mean) / std).image_embeds
     return embed, net(input_ids=words, pixel_values=torch.zeros(1, 3, *size, device=device)).text_embeds
 
-def make_gain(args, accelerator, model, x):
-    """gain(latents (n, C, h, w), number () or (n,)) -> (n,): the weighted sum of their images' rewards, each above its
-    mean over the base model's images of the prompt, in their standard deviations; x (K, n, C, h, w): such images."""
+def make_gain(args, accelerator, model, x, each=False):
+    """gain(latents (n, C, h, w), number () or (n,)) -> (n,), or of each reward (n, m): weighted rewards of their images
+    above the mean of the base model's of the prompt, in their standard deviations; x (K, n, C, h, w): such images."""
     rewards, weights = make_rewards(args, accelerator.device), torch.tensor([*args.weights.values()])
     def values(x, number):
         parts = zip(x.split(args.chunk), torch.as_tensor(number).expand(len(x)).split(args.chunk))
@@ -148,7 +147,8 @@ def make_gain(args, accelerator, model, x):
     level, spread = (torch.stack([f(v, 0) for v in base]) for f in (torch.mean, torch.std))
     if not (spread > 0).all():
         raise Refused("--reward: the base model's images of a prompt all have the same one, or one is not finite")
-    return lambda x, number: ((values(x, number) - level[number]) / spread[number] * weights).sum(1)
+    gains = lambda x, number: (values(x, number) - level[number]) / spread[number] * weights
+    return gains if each else lambda x, number: gains(x, number).sum(1)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 def systematic(log_w):
@@ -215,12 +215,12 @@ def msdda(model, asked, weights, x, corrected=False, twist=None):
 
 def sample(args, model, gains, names, weights, method, k):
     """Prompt k by a method at weights (2,) of the rewards -> x, log_w, gain (G, P), and {quantity: value}: each gain,
-    calls of the UNet for an image. names: of the two adapters; gains: functions of latents and prompt numbers."""
+    calls of the UNet for an image. names: of the two adapters; gains: of latents and prompt numbers."""
     (groups, particles), calls = args.size[:2], []
     def ask(scales):
         return lambda x, i: calls.append(x.shape[1]) or adapted(model, scales, x, i, k, args.chunk)
     def rewards(x):  # latents (G, P, C, h, w) -> both, and their weighted sum (3, G, P)
-        both = torch.stack([gain(x.flatten(0, 1), k).view(x.shape[:2]) for gain in gains])
+        both = gains(x.flatten(0, 1), k).T.unflatten(1, x.shape[:2])
         return torch.stack([*both, weights[0] * both[0] + weights[1] * both[1]])
     def guided(x, i):  # RGG: the mean moves along the gradient in x_t, of which the UNet is taken to be independent
         a, b, eps = model.abar[i], model.abar[i + 1], base(x, i)
@@ -395,8 +395,7 @@ def main(args):
         torch.manual_seed(args.seed + 100 * k)
         noise, ask = torch.randn(1, 64, *model.shape), lambda x, i: adapted(model, {}, x, i, k, args.chunk)
         base.append(msdda(model, [ask], [1.0], noise)[0][0])
-    gains = [make_gain(argparse.Namespace(**vars(args) | dict(weights={word: weight})), accelerator, model, base)
-             for word, weight in args.weights.items()]
+    gains = make_gain(args, accelerator, model, base, each=True)
     folders = [sorted(glob.glob(pattern)) or [pattern] for pattern in args.lora]
     for seed, pair in enumerate(list(zip(*folders))[: args.size[2]]):
         names = [f"{word}_{seed}" for word in words]

@@ -79,8 +79,7 @@ def checked(parser, args):
     if args.prompts[0].endswith(".txt"):
         text = loaded("--prompts", pathlib.Path(args.prompts[0]).read_text, "utf-8-sig")
         args.prompts = [*filter(None, map(str.strip, text.splitlines()))]
-    parts = (word.partition("=") for word in args.reward)
-    args.weights = {name: loaded("--reward", float, weight or 1) for name, _, weight in parts}
+    args.weights = {name: loaded("--reward", float, w or 1) for name, _, w in (v.partition("=") for v in args.reward)}
     loaded("--out", lambda: (args.out.mkdir(parents=True, exist_ok=True), (args.out / ".writable").touch()))
     if not 0 < len({*args.prompts}) == len(args.prompts) or len(args.weights) < len(args.reward):
         parser.error("--prompts and --reward: there are none, or one stands there twice")

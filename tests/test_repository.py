@@ -24,10 +24,10 @@ SPINES = {  # which script holds which short algorithm, the same to the letter: 
     "sd: train": {"constrained_alignment", "or_composition", "dav", "ddpo", "draft"},
     "dna: train": {"constrained_alignment", "or_composition", "dav", "ddpo", "draft"},
 }
-LOOPS = {"sd/compare.py", "dna/compare.py", "toy/compare.py", "sd/das_online.py"}  # over scripts that they import
+LOOPS = {"sd/compare.py", "dna/compare.py", "toy/compare.py", "sd/das_online.py", "sd/and_concepts.py"}  # import scripts
 BUDGETS = {"toy": 300, "sd": 400, "dna": 400, "toy/compare.py": 250, "sd/compare.py": 250, "sd/pretrain.py": 450,
            "dna/compare.py": 250, "dna/pretrain.py": 450, "dna/prepare_data.py": 200}  # lines
-OVER = {"sd/constrained_alignment.py": 428, "sd/msdda.py": 428, "sd/dav.py": 467, "sd/and_composition.py": 484,
+OVER = {"sd/constrained_alignment.py": 428, "sd/msdda.py": 425, "sd/dav.py": 467, "sd/and_composition.py": 430,
         "dna/dav.py": 475}
 # known to be over their budgets, which stand; they must not grow
 

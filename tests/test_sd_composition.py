@@ -1,4 +1,5 @@
-"""sd/and_composition.py on Gaussian paths in closed form, both lemmas, load_adapter on the miniature, bad input, a run."""
+"""sd/and_composition.py on Gaussian paths in closed form, both lemmas, load_adapter on the miniature, bad input, a run;
+sd/and_concepts.py, a run."""
 import json
 import math
 
@@ -61,7 +62,7 @@ def args(tmp_path):
 
 def draw(args, method, shape, world=None, module=ac, dual=DUAL, seed=0):
     models = [({name: 1.0}, torch.tensor([0])) for name in MEANS]
-    return module.compose(args, world or World(), models, dual, shape, seed, method)
+    return module.compose(args, world or World(), models, dual, shape, seed, method == "smc")
 
 def z_scores(args, module=ac):
     world = World()
@@ -77,7 +78,7 @@ def test_smc_gives_the_normaliser_and_the_kls_of_the_product(args):
     assert z_scores(args) < 5
 
 @pytest.mark.parametrize("old, new", [
-    ('-(kl @ share) * (method == "smc")', '-(kl @ share) / 2 * (method == "smc")'),
+    ("-(kl @ share) * weighted", "-(kl @ share) / 2 * weighted"),
     ('out["slack"] = dual @ out["log_q"] - out["log_q"]', 'out["slack"] = -out["log_q"]'),
     ("z.flatten(2)) - kl", "z.flatten(2)) + kl"), ("x=mean + sigma * z", "x=mean + 0.9 * sigma * z")])
 def test_planted_bugs_are_caught(args, old, new):
@@ -101,13 +102,13 @@ def test_lemma_2_is_the_kl_of_the_samples(args):
 
 def test_algorithm_3_stays_at_equal_weights_for_every_pair(args):
     models = [({name: 1.0}, torch.tensor([0])) for name in MEANS]
-    dual = {m: ac.run(m, args, World(), models, None, (1, 500))["dual"] for m in ("algorithm_3", "equal_weights")}
+    dual = {m: ac.run(m, args, World(), models, (1, 500))["dual"] for m in ("algorithm_3", "equal_weights")}
     assert (dual["algorithm_3"] - 0.5).abs().max() < 1e-4 and (dual["equal_weights"] == 0.5).all()
 
 def test_smc_finds_the_multipliers_of_equal_kls(args):
     args.size = (1, 2, 2000, 12, 1, 1)
     models = [({name: 1.0}, torch.tensor([0])) for name in MEANS]
-    dual = ac.run("smc", args, World(), models, None, (1, 10))["dual"]
+    dual = ac.run("smc", args, World(), models, (1, 10))["dual"]
     world, (low, high) = World(), (0.0, 1.0)
     for _ in range(40):  # KL_a - KL_b falls with the multiplier of a
         DUAL[:] = torch.tensor([(low + high) / 2, 1 - (low + high) / 2])
@@ -146,13 +147,19 @@ def test_adapters_that_do_not_fit_are_refused_in_one_sentence(model, tmp_path, c
     assert len(str(caught.value).splitlines()) == 1
 
 # ---- the command line ------------------------------------------------------------------------------------------------
-def test_quick_run_is_the_same_again(capsys, tmp_path):
-    runs = []
+@pytest.mark.parametrize("script, flags, problems", [
+    ("and_composition", [], {"adapters"}),
+    ("and_concepts", ["--prompts", "cat+fire", "dog+sun+tree", "--clip-eval", "sd/mini/clip_reward"], {"pairs", "triplets"})])
+def test_quick_run_is_the_same_again(script, flags, problems, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    module, runs = load(f"sd/{script}.py"), []
     for folder in ("one", "two"):
-        ac.main(ac.parse_args(["--quick", "--concepts", "cat+fire", "--steps", "2", "--out", str(tmp_path / folder)]))
+        module.main(module.parse_args(["--quick", *flags, "--steps", "2", "--out", str(tmp_path / folder)]))
         runs.append(json.loads((tmp_path / folder / "numbers.json").read_text())["rows"])
     torch.set_default_device("cpu")
     assert capsys.readouterr().out.startswith("COARSE") and runs[0] == runs[1]
-    assert len({(r["problem"], r["method"], r["quantity"]) for r in runs[0]}) == len(runs[0])
-    assert {r["problem"] for r in runs[0]} == {"adapters", "pairs"}
-    assert all((tmp_path / "one" / name).exists() for name in ("figure.png", "latents.pt", "concepts.pt", "images.csv"))
+    rows = {(r["problem"], r["method"], r["quantity"]): r["estimate"] for r in runs[0]}
+    assert len(rows) == len(runs[0]) and {key[0] for key in rows} == problems
+    assert all((tmp_path / "one" / name).exists() for name in ("figure.png", "latents.pt", "images.csv"))
+    for problem in problems - {"adapters"}:  # here the judge is the reward's model
+        assert rows[problem, "official", "least_clip"] == rows[problem, "official", "least_clip_eval"]

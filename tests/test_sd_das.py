@@ -244,7 +244,7 @@ BAD = ["--reward clip clip=2", "--reward clip=much", "--prompts none.txt", "--pr
        "--chunk -2"]
 OWN = """ddpo --parts 0; ddpo --methods draft; constrained_alignment --reward jpeg clip; constrained_alignment --lag -1
 dav --rounds 0; dav --children -1; dav --methods dave; dav --lr nan; msdda --sweep 0.5 1.5; msdda --reward clip
-msdda --reward clip clip; and_composition --lora a b; and_composition --concepts cat; and_composition --concepts cat+
+msdda --reward clip clip; and_composition --lora a b; and_concepts --prompts cat; and_concepts --prompts cat+
 or_composition --prompts cat; das --gamma 0; das_online --methods das""".replace("\n", "; ").split("; ")
 FLAGGED = [p.stem for p in sorted((SOURCE / "sd").glob("*.py")) if "checked(parser" in p.read_text()]
 
@@ -253,7 +253,7 @@ def test_bad_flags_are_one_sentence(line, capsys, tmp_path):
     script, *flags = line.split()
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "file").write_text("")
-    if flags[0] == "--kl-weight" and script in ("and_composition", "or_composition") or flags[0] in (
+    if flags[0] == "--kl-weight" and script in ("and_composition", "and_concepts", "or_composition") or flags[0] in (
             "--reward", "--model") and script == "or_composition" or line == "msdda --model photos":
         pytest.skip("has no such flag, or no reward by CLIP")
     with pytest.raises((SystemExit, load(f"sd/{script}.py").Refused)) as end:
