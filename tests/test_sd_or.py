@@ -46,7 +46,7 @@ def test_cost_is_the_kl_of_a_step():
         torch.testing.assert_close(land.cost(MODEL, i) * (eps - other).flatten(1).square().sum(1), wanted, rtol=1e-10,
                                    atol=0)
 
-def densities(module):
+def test_shares_are_those_of_the_densities_and_posterior_mean_uses_the_past_alone(module=land):
     """Shares and KL of reference against torch.distributions."""
     k, (x, eps) = 1, paths(module, 1, 6)
     share, kl = module.reference(MODEL, x, eps, DUAL, k)
@@ -58,9 +58,6 @@ def densities(module):
             mean, sigma = land.kernel(x[i], eps[i, j], ABAR[i], ABAR[i + 1])
             log_w[j] += torch.distributions.Normal(mean, sigma).log_prob(x[i + 1]).flatten(1).sum(1)
     torch.testing.assert_close(share, log_w.softmax(0), rtol=1e-10, atol=1e-12)
-
-def test_shares_are_those_of_the_densities_and_posterior_mean_uses_the_past_alone():
-    densities(land)
 
 def share_z(module, n=4000):
     """z-scores: a path drawn from the mixture is of model j with probability DUAL[j], whatever a path says of it."""
@@ -83,7 +80,7 @@ def test_planted_bugs_are_seen(change):
     bug = planted("sd/or_composition.py", change)
     if share_z(bug) < 5:  # an average hides it
         with pytest.raises(AssertionError):
-            densities(bug)
+            test_shares_are_those_of_the_densities_and_posterior_mean_uses_the_past_alone(bug)
 
 def test_no_sampler_of_one_prediction_a_step_is_nearer_than_posterior_mean():
     found = dict(best=0.0, mean=0.0, first=0.0)
@@ -147,24 +144,15 @@ def run(out, *flags):
     assert len(table) == len(rows) and all(math.isfinite(value) for value in table.values())
     return table
 
-def test_run_resume_and_the_base_model_of_plain_diffusers(tmp_path, monkeypatch):
-    whole, cover, calls = run(tmp_path / "a"), land.cover, []
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 4:  # the second round of the second method
-            raise KeyboardInterrupt
-        return cover(*args)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(land, "cover", interrupted)
-        run(tmp_path / "b")
-    assert whole == run(tmp_path / "b", "--resume")
+def test_run_again_and_the_base_model_of_plain_diffusers(tmp_path):
+    whole = run(tmp_path / "a")
+    assert whole == run(tmp_path / "b")
     assert whole["a photo of a cat", "mixture", "kl"] == pytest.approx(math.log(3), abs=1e-3)
     total = {method: sum(whole[prompt, method, "kl"] for prompt in land.PROMPTS) for method in ("base", *land.METHODS)}
     assert max(total["equal_weights"], total["constrained"]) < total["base"]
     assert len(list((tmp_path / "a/images").iterdir())) == 6 * 4
     pipe = land.StableDiffusionPipeline.from_pretrained(SOURCE / "sd/mini", safety_checker=None)
-    args = land.parse_args(["--steps", "2", "--out", str(tmp_path)])
-    model = land.Diffusion(args, "cpu")
+    model = land.Diffusion(land.parse_args(["--steps", "2", "--out", str(tmp_path)]), "cpu")
     x = torch.randn(2, *model.shape)
     with torch.no_grad():
         base = land.alone(model).eps(x, 1, 0)
