@@ -35,6 +35,9 @@ def parse_args(argv=None):
     args.prompts = args.prompts[: args.size[4]] if args.prompts == CONCEPTS else args.prompts
     if not all(len(parts) > 1 and all(parts) for parts in (text.split("+") for text in args.prompts)):
         parser.error("--prompts: here each is two or more concepts joined by +")
+    judges = [pathlib.Path(folder).resolve() for folder in (args.clip, args.clip_eval)]
+    if pathlib.Path(args.model).resolve() != MINI and any(MINI in folder.parents for folder in judges):
+        parser.error("--clip, --clip-eval: the miniature's CLIP models know emoji alone; name others for this --model")
     return args
 
 # ---- the method ------------------------------------------------------------------------------------------------------

@@ -245,14 +245,14 @@ BAD = ["--reward clip clip=2", "--reward clip=much", "--prompts none.txt", "--pr
 OWN = """ddpo --parts 0; ddpo --methods draft; constrained_alignment --reward jpeg clip; constrained_alignment --lag -1
 dav --rounds 0; dav --children -1; dav --methods dave; dav --lr nan; msdda --sweep 0.5 1.5; msdda --reward clip
 msdda --reward clip clip; and_composition --lora a b; and_concepts --prompts cat; and_concepts --prompts cat+
-or_composition --prompts cat; das --gamma 0; das_online --methods das""".replace("\n", "; ").split("; ")
+or_composition --prompts cat; das --gamma 0; das_online --methods das; and_concepts --model photos --clip photos
+and_concepts --model photos --reward jpeg --clip-eval photos""".replace("\n", "; ").split("; ")
 FLAGGED = [p.stem for p in sorted((SOURCE / "sd").glob("*.py")) if "checked(parser" in p.read_text()]
 
 @pytest.mark.parametrize("line", OWN + [f"{script} {flags}" for script in FLAGGED for flags in BAD])
 def test_bad_flags_are_one_sentence(line, capsys, tmp_path):
     script, *flags = line.split()
-    (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "file").write_text("")
+    [(tmp_path / name).write_text("\n") for name in ("empty.txt", "file")]
     if flags[0] == "--kl-weight" and script in ("and_composition", "and_concepts", "or_composition") or flags[0] in (
             "--reward", "--model") and script == "or_composition" or line == "msdda --model photos":
         pytest.skip("has no such flag, or no reward by CLIP")
