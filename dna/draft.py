@@ -326,7 +326,7 @@ def draw(args, worlds, traces, rows):
         for k, name in enumerate((world.name, method) for method in args.methods):
             left.plot([row[0] for row in traces.get(name, [])], f"C{k}")
             for key, mark, label in (("reward", "o", name[1]), ("held_out", "s", None)):
-                right.plot(number[*name, "kl"].cpu(), number[*name, key].cpu(), f"C{k}{mark}", label=label)
+                right.plot(number[(*name, "kl")].cpu(), number[(*name, key)].cpu(), f"C{k}{mark}", label=label)
         left.set_title(f"{world.name}: reward by update", fontsize=9)
         right.set_title("reward (circles) and held out, against the KL of the paths, nats", fontsize=9)
         right.legend(fontsize=8)
