@@ -10,16 +10,15 @@ Problems: mpsa, 5' splice sites of 9 letters, 4^9 sequences that can be enumerat
 Notation (here -> paper); G groups of P particles: x (G, P, L) letters 0 to 3 or MASK, log_w (G, P)
     kl_weight -> alpha, kl -> lambda, children -> M; left: steps that remain, a masked letter is set with 1 / left
     log_twist -> Q / alpha = r(x0_hat) / kl_weight; x0_hat (G, P, L, 4) are the probabilities of the letters
-    log_q -> log eta       the proposal: log_p tilted by the gradient of the twist in the letters, at most --max-shift
+    log_q -> log eta, the proposal: log_p tilted by the gradient of the twist in the letters, at most --max-shift
 Algorithm, a round
     1. search: children of each state from q, one is kept in proportion to twist x p / q. Local (the paper's, hepg2):
        a path never meets another, its weight is dropped. Population (mpsa): smc weighs and resamples groups of paths
     2. dav_update: cross entropy of the letters that a step sets, the step drawn by their number, plus kl KL(p, base)
     3. the tuned model is the next round's p. The search on the last one is `posterior`
-Ours: after a local search the letters of the cross entropy are averaged over q, not drawn: the same mean without the
-    noise of the draw; plus, with several children, sum over c of (share of c - 1 / M) letters(c). Where weights are
-    kept the letters are those drawn, with the weight of their surviving descendants. dav_published learns the letters
-    drawn by the local search, as the paper's likelihood has it, with our q, children and --lr.
+Ours: after a local search the letters are averaged over q, not drawn: the same mean without the noise of the draw; with
+    several children, plus sum over c of (share of c - 1 / M) letters(c). After a population search they are those
+    drawn, by the weight of their path. dav_published learns those drawn by the local search, with our q and --lr.
 Exact: round k of dav samples p exp(k r / kl_weight), if the search is weighted. A local one of one child (dav on hepg2,
     dav_local) teaches its proposal. The letters of the end must not be taught to early states: a tilt orders them.
 What you should see (seed 0): hepg2, oracle B by round .8, 4.7, 7.8 for dav (oracle A 7.6) at a KL of 3, 14, 30 nats,
@@ -275,7 +274,7 @@ def dav_update(world, net, args, step, kl=False, local=False, published=False):
         before = [v.detach().clone() for v in weights]
         step()
         with torch.no_grad():  # a learning rate that falls to zero in every round
-            torch._foreach_lerp_(weights, before, u / updates)
+            [w.lerp_(b, u / updates) for w, b in zip(weights, before)]
     return sampled(world, model.denoiser, samples, args) | dict(elbo=found["elbo"])
 
 def sampled(world, denoiser, n, args):

@@ -29,7 +29,7 @@ LOOPS = {"sd/compare.py", "dna/compare.py", "toy/compare.py", "sd/das_online.py"
 BUDGETS = {"toy": 300, "sd": 400, "dna": 400, "toy/compare.py": 250, "sd/compare.py": 250, "sd/pretrain.py": 450,
            "dna/compare.py": 250, "dna/pretrain.py": 450, "dna/prepare_data.py": 200}  # lines
 OVER = {"sd/constrained_alignment.py": 428, "sd/msdda.py": 425, "sd/dav.py": 467, "sd/and_composition.py": 430,
-        "dna/dav.py": 475}
+        "dna/dav.py": 474}
 # known to be over their budgets, which stand; they must not grow
 
 def source(script):
