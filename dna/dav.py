@@ -232,7 +232,7 @@ def search(model, groups, particles, args, published=False):
         letters = F.one_hot(child.clamp(max=3), 4) * new[..., None]
         soft = torch.where((x == MASK)[..., None], log_q.exp() / left, 0)  # the mean of `letters`
         soft = soft + ((share - 1 / children)[..., None, None] * letters).sum(0)
-        state["states"][:, :, i], state["letters"][:, :, i] = x, letters[kept] if drawn else soft  # own copy
+        state["states"][:, :, i], state["letters"][:, :, i] = x, letters[kept] if drawn else soft  # smc copied them
         due = new[kept].any(2)
         for name, known in look(model, child[kept][due], kl_weight, args.chunk, True).items() if due.any() else ():
             state[name] = state[name].index_put((due,), known)

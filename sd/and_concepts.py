@@ -76,14 +76,14 @@ def draw(args, rows, sheets):
         for k, problem in enumerate(dict.fromkeys(r[0] for r in rows)):
             middle, se = zip(*(values[problem, method, quantity] for method in METHODS))
             axes[quantity].errorbar(middle, [j + 0.2 * k for j in range(4)], xerr=[2 * v for v in se],
-                                    fmt="os"[k], color=f"C{k}", label=problem)
+                                    fmt="os^Dv"[k % 5], color=f"C{k}", label=problem)
         axes[quantity].set(yticks=range(4), yticklabels=METHODS, ylim=(3.5, -0.3))
         axes[quantity].set_title(title, fontsize=9)
     figure.legend(*axes["least_clip"].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside lower center")
     return figure
 
 def main(args):
-    started, found, outs = time.time(), dict(pairs=[], triplets=[]), []
+    started, found, outs = time.time(), {}, []
     torch.set_default_device(args.device)
     sets = [text.split("+") for text in args.prompts]
     prompts = ["", *dict.fromkeys(f"a photo of a {word}" for parts in sets for word in parts)]
@@ -92,15 +92,15 @@ def main(args):
     clips = {name: load_clip(folder, prompts, args.device)
              for name, folder in dict(clip_eval=args.clip_eval, clip=args.clip).items()}
     print("COARSE: numbers mean nothing" if args.size[0] < 3 else "least_*: CLIP score of the concept drawn worst; se: "
-          "over pairs or triplets; kl: nats of paths, slack: what the method takes for it; change: from equal_weights")
+          "over the sets of one size; worst_kl: of paths, nats; change: from equal_weights")
     for k, parts in enumerate(tqdm(sets, desc="concepts")):
         job = argparse.Namespace(**vars(args) | dict(seed=args.seed + 100 * k))  # noise of its own, as images.csv says
         numbers = [prompts.index(f"a photo of a {word}") for word in parts]
         joint = prompts.index("a photo of a " + " and a ".join(parts))
         values, samples = compose_concepts(job, model, clips, parts, numbers, joint, blank=0)
-        found["pairs" if len(parts) == 2 else "triplets"].append(values)
+        found.setdefault({2: "pairs", 3: "triplets"}.get(len(parts), f"sets_of_{len(parts)}"), []).append(values)
         outs.append(samples)
-    rows = [row for name, several in found.items() if several for row in average(name, several)]
+    rows = [row for name, several in found.items() for row in average(name, several)]
     samples = {method: {key: torch.cat([out[method][key] for out in outs]) for key in ("x", "gain", "log_w")}
                for method in METHODS}
     report(args, rows, started, lambda: draw(args, rows, save_samples(args, model, samples)))

@@ -1,5 +1,4 @@
-"""sd/and_composition.py on Gaussian paths in closed form, both lemmas, load_adapter on the miniature, bad input, a run;
-sd/and_concepts.py, a run."""
+"""sd/and_composition.py on Gaussian paths in closed form, both lemmas, load_adapter, bad input, runs; and_concepts.py."""
 import json
 import math
 
@@ -149,7 +148,7 @@ def test_adapters_that_do_not_fit_are_refused_in_one_sentence(model, tmp_path, c
 # ---- the command line ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script, flags, problems", [
     ("and_composition", [], {"adapters"}),
-    ("and_concepts", ["--prompts", "cat+fire", "dog+sun+tree", "--clip-eval", "sd/mini/clip_reward"], {"pairs", "triplets"})])
+    ("and_concepts", ["--prompts", "cat+fire", "dog+sun+tree", "a+b+c+d"], {"pairs", "triplets", "sets_of_4"})])
 def test_quick_run_is_the_same_again(script, flags, problems, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     module, runs = load(f"sd/{script}.py"), []
@@ -161,5 +160,6 @@ def test_quick_run_is_the_same_again(script, flags, problems, capsys, tmp_path, 
     rows = {(r["problem"], r["method"], r["quantity"]): r["estimate"] for r in runs[0]}
     assert len(rows) == len(runs[0]) and {key[0] for key in rows} == problems
     assert all((tmp_path / "one" / name).exists() for name in ("figure.png", "latents.pt", "images.csv"))
-    for problem in problems - {"adapters"}:  # here the judge is the reward's model
-        assert rows[problem, "official", "least_clip"] == rows[problem, "official", "least_clip_eval"]
+    if "pairs" in problems:  # of two models algorithm_3 is equal_weights, with the KLs of the released code it is not
+        changes = [abs(rows["pairs", method, "worst_kl_change"]) for method in ("algorithm_3", "official")]
+        assert changes[0] < 1e-3 * rows["pairs", "equal_weights", "worst_kl"] < changes[1]
